@@ -1,0 +1,117 @@
+"""Start a session on a line that has no connection, and may be full of an older session's bytes.
+
+A serial port between host and guest is open before either side runs and stays when one of them dies. What the
+old session left in it (the rest of a frame, whole frames nobody read) would be taken for the new one's. So
+each session begins with a handshake, in frames that a yamux peer understands in any case (`frames`):
+
+    initiator (host)    GoAway(protocol error)    Ping SYN nonce
+    responder (guest)                                               Ping ACK nonce    ... session ...
+
+The initiator throws away everything up to the exact 12 bytes of the answer to its own nonce. The responder
+throws away everything up to a Ping SYN, and answers. The session's first byte is the one behind the answer,
+or behind the Ping. A responder that is still in an older session leaves it because of the GoAway;
+`Connection.trailing_data` then holds the bytes behind, which belong into the next Responder. A peer that
+knows nothing of this (a stock agent) answers the Ping by itself; spare it the GoAway, which would end its
+session each time.
+
+A guest that is stuck inside a frame of the old session swallows the handshake. The initiator sees no answer;
+its driver closes the line, which the guest notices, and tries again with a new nonce. A Ping that lies in
+stale data can fool a responder once, and the same retry cures it, because stale bytes are finite.
+
+The rule of this file: memory is bounded by one frame header, whatever arrives. Time-outs, retries and the
+choice of nonces are the driver's.
+"""
+
+from __future__ import annotations
+
+from yamux.errors import LocalProtocolError
+from yamux.frames import (
+    ACK,
+    GO_AWAY,
+    HEADER,
+    HEADER_SIZE,
+    MAX_UINT32,
+    PING,
+    PROTOCOL_ERROR,
+    SESSION_ID,
+    SYN,
+    encode_header,
+)
+
+# All of a Ping SYN but its value
+PING_SYN = encode_header(PING, SYN, SESSION_ID, 0)[:8]
+
+
+class Initiator:
+    """The side that begins. Send `data_to_send`, feed what comes to `receive_data` until it returns True.
+
+    `nonce` is a 32-bit value that no earlier attempt on this line used: take a random one.
+    `end_old_session` sends the GoAway; leave it out for a peer that is not ours.
+    """
+
+    def __init__(self, *, nonce: int, end_old_session: bool = True) -> None:
+        if not 0 <= nonce <= MAX_UINT32:
+            raise LocalProtocolError(f"nonce {nonce} does not fit in 32 bits")
+        self.done = False
+        self.trailing_data = b""  # the session's first bytes, once done
+        self._answer = encode_header(PING, ACK, SESSION_ID, nonce)
+        self._tail = b""  # the last bytes, which may be the beginning of the answer
+        self._outbox = encode_header(PING, SYN, SESSION_ID, nonce)
+        if end_old_session:
+            self._outbox = encode_header(GO_AWAY, 0, SESSION_ID, PROTOCOL_ERROR) + self._outbox
+
+    def data_to_send(self) -> bytes:
+        """Take the bytes to write."""
+        data, self._outbox = self._outbox, b""
+        return data
+
+    def receive_data(self, data: bytes) -> bool:
+        """Look for the answer; True once it is there. What came behind it is in `trailing_data`."""
+        if self.done:
+            self.trailing_data += data
+            return True
+        data = self._tail + data
+        found = data.find(self._answer)
+        if found < 0:
+            self._tail = data[-(HEADER_SIZE - 1) :]
+            return False
+        self.done = True
+        self._tail = b""
+        self.trailing_data = data[found + HEADER_SIZE :]
+        return True
+
+
+class Responder:
+    """The side that waits. Feed what comes to `receive_data` until it returns True, then send `data_to_send`.
+
+    The answer must leave before the first byte of the new session, and after anything of the old one.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self.trailing_data = b""  # the session's first bytes, once done
+        self.nonce: int | None = None
+        self._tail = b""
+        self._outbox = b""
+
+    def data_to_send(self) -> bytes:
+        """Take the bytes to write."""
+        data, self._outbox = self._outbox, b""
+        return data
+
+    def receive_data(self, data: bytes) -> bool:
+        """Look for a Ping SYN; True once it is there. What came behind it is in `trailing_data`."""
+        if self.done:
+            self.trailing_data += data
+            return True
+        data = self._tail + data
+        found = data.find(PING_SYN)
+        if found < 0 or len(data) - found < HEADER_SIZE:
+            self._tail = data[found:] if found >= 0 else data[-(len(PING_SYN) - 1) :]
+            return False
+        self.done = True
+        self._tail = b""
+        self.nonce = HEADER.unpack_from(data, found)[4]
+        self._outbox = encode_header(PING, ACK, SESSION_ID, self.nonce)
+        self.trailing_data = data[found + HEADER_SIZE :]
+        return True

@@ -1,0 +1,22 @@
+"""What all tests share: what they need of the machine, and what happens when it is not there.
+
+A test that cannot run for want of something is skipped with a sentence that says what is missing. With
+KATA_REQUIRE_ALL=1 (as in CI, where everything is there) such a skip is a failure: otherwise a broken set-up
+would look like success.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+REQUIRE_ALL = os.environ.get("KATA_REQUIRE_ALL") == "1"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if REQUIRE_ALL and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped although KATA_REQUIRE_ALL=1: {report.longrepr[2]}"
+    return report

@@ -1,0 +1,1 @@
+"""Operator commands: an application beside the shim, over the library."""

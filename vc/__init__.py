@@ -1,0 +1,1 @@
+"""virtcontainers: sandboxes, containers, hypervisors, agents and devices of a VM-based runtime."""

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vc.errors import AlreadyExists, NotFound
+from vc.persist import store
+from vc.persist.schema import BrokenRecord, SandboxRecord, format_record, parse_record
+from vc.persist.store import Layout, SandboxLock
+
+records = st.builds(
+    SandboxRecord,
+    id=st.text(min_size=1),
+    vmid=st.text(alphabet="0123456789abcdef", min_size=16, max_size=16),
+    owner_pid=st.integers(1, 1 << 22),
+    owner_start_ticks=st.integers(0, 1 << 60),
+    config_path=st.text(),
+    created_at=st.floats(0, 1e10),
+)
+
+
+def a_record(sandbox_id: str) -> SandboxRecord:
+    return SandboxRecord(sandbox_id, "0" * 16, 1, 2, "/etc/configuration.toml", 3.0)
+
+
+@given(records)
+def test_a_record_survives_the_disk(record: SandboxRecord) -> None:
+    assert parse_record(format_record(record)) == record
+
+
+@given(st.binary(max_size=400))
+def test_bytes_that_are_no_record_are_told_apart_and_never_crash(data: bytes) -> None:
+    with pytest.raises(BrokenRecord):
+        parse_record(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"[]", b"{}", b'{"version": 2}', b'{"version": 1}', b'{"version": 1, "id": 5}'],
+)
+def test_json_that_is_no_record_is_refused(data: bytes) -> None:
+    with pytest.raises(BrokenRecord):
+        parse_record(data)
+
+
+def test_a_claimed_sandbox_is_private_and_cannot_be_claimed_again(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "vc")
+    lock = store.claim(layout, "ns--a")
+    try:
+        assert stat.S_IMODE(layout.sandbox("ns--a").stat().st_mode) == 0o700
+        with pytest.raises(AlreadyExists, match="ns--a"):
+            store.claim(layout, "ns--a")
+        assert not SandboxLock(layout.sandbox("ns--a")).acquire_nowait()
+    finally:
+        lock.release()
+    assert SandboxLock(layout.sandbox("ns--a")).acquire_nowait()
+
+
+def test_a_saved_record_is_loaded_and_only_its_owner_can_read_it(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    store.claim(layout, "a").release()
+    store.save(layout, a_record("a"))
+    assert store.load(layout, "a") == a_record("a")
+    assert stat.S_IMODE((layout.sandbox("a") / store.RECORD).stat().st_mode) == 0o600
+    assert list(store.sandbox_ids(layout)) == ["a"]
+
+
+def test_a_sandbox_that_is_not_there_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="nobody"):
+        store.load(Layout(tmp_path), "nobody")
+    assert list(store.sandbox_ids(Layout(tmp_path))) == []
+
+
+def test_a_huge_record_is_not_read_into_memory(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    store.claim(layout, "a").release()
+    (layout.sandbox("a") / store.RECORD).write_bytes(b" " * (2 << 20))
+    with pytest.raises(BrokenRecord, match="more than"):
+        store.load(layout, "a")

@@ -1,0 +1,137 @@
+"""Sandbox directories on disk: one lock, one record, replaced atomically.
+
+The process that runs a sandbox holds the lock as long as the sandbox lives. Whoever gets the lock of a
+sandbox that it did not create knows that its owner is gone and may clean up.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vc.errors import AlreadyExists, NotFound
+from vc.persist.schema import MAX_RECORD_BYTES, BrokenRecord, SandboxRecord, format_record, parse_record
+
+RECORD = "persist.json"
+LOCK = "lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where things of sandboxes and VMs are, below `run_dir`. Pure."""
+
+    run_dir: Path
+
+    @property
+    def sandboxes(self) -> Path:
+        """Directory of all sandboxes."""
+        return self.run_dir / "sbs"
+
+    @property
+    def vms(self) -> Path:
+        """Directory of all VMs."""
+        return self.run_dir / "vm"
+
+    def sandbox(self, sandbox_id: str) -> Path:
+        """Directory of one sandbox."""
+        return self.sandboxes / sandbox_id
+
+    def vm(self, vmid: str) -> Path:
+        """Directory of one VM: its sockets."""
+        return self.vms / vmid
+
+    def mounts(self, sandbox_id: str) -> Path:
+        """Where the host makes the bind mounts that the guest is to see."""
+        return self.sandbox(sandbox_id) / "mounts"
+
+    def shared(self, sandbox_id: str) -> Path:
+        """The read-only view of `mounts` that virtiofsd exports."""
+        return self.sandbox(sandbox_id) / "shared"
+
+
+class SandboxLock:
+    """An exclusive lock on a sandbox directory, held until `release` or the end of the process."""
+
+    def __init__(self, directory: Path) -> None:
+        self._fd = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def acquire_nowait(self) -> bool:
+        """Take the lock if it is free."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Give the lock back. Safe to call twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def make_private(directory: Path) -> None:
+    """Create a directory that only its owner may enter, with its parents."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def claim(layout: Layout, sandbox_id: str) -> SandboxLock:
+    """Create the directory of a new sandbox and take its lock; the caller releases it.
+
+    Raises:
+        AlreadyExists: a sandbox of this id is alive, or its remains were not cleaned up.
+    """
+    directory = layout.sandbox(sandbox_id)
+    make_private(layout.sandboxes)
+    try:
+        directory.mkdir(mode=0o700)
+    except FileExistsError:
+        raise AlreadyExists(
+            f"sandbox {sandbox_id!r} already exists in {str(layout.sandboxes)!r}; "
+            "delete it first, or run the shim's delete action if its shim is gone"
+        ) from None
+    lock = SandboxLock(directory)
+    if not lock.acquire_nowait():
+        lock.release()
+        raise AlreadyExists(f"sandbox {sandbox_id!r} is being created by another process")
+    return lock
+
+
+def save(layout: Layout, record: SandboxRecord) -> None:
+    """Replace the record of a sandbox atomically."""
+    path = layout.sandbox(record.id) / RECORD
+    temporary = path.with_suffix(".tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as file:
+        file.write(format_record(record))
+        file.flush()
+    temporary.replace(path)
+
+
+def load(layout: Layout, sandbox_id: str) -> SandboxRecord:
+    """Read the record of a sandbox.
+
+    Raises:
+        NotFound: there is no such sandbox, or it died before it wrote its record.
+        BrokenRecord: the file is there and is not a record.
+    """
+    path = layout.sandbox(sandbox_id) / RECORD
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_RECORD_BYTES + 1)
+    except FileNotFoundError:
+        raise NotFound(f"no sandbox {sandbox_id!r} in {str(layout.sandboxes)!r}") from None
+    if len(data) > MAX_RECORD_BYTES:
+        raise BrokenRecord(f"{str(path)!r} has more than {MAX_RECORD_BYTES} bytes")
+    return parse_record(data)
+
+
+def sandbox_ids(layout: Layout) -> Iterator[str]:
+    """List the ids of all sandboxes that have a directory."""
+    if layout.sandboxes.is_dir():
+        for entry in sorted(layout.sandboxes.iterdir()):
+            if entry.is_dir():
+                yield entry.name

@@ -1,0 +1,277 @@
+"""Mounts on the host: containerd's mount words, mount(2), umount2(2) and the list of what is mounted.
+
+Deciding and doing are apart: `parse_options` turns words into flags and is pure; `mount` and `unmount`
+are the system calls. Unmounting never follows a symbolic link, since a container may have planted one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vc.errors import InvalidArgument, VCError
+
+# linux/mount.h, MS_*
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_SYNCHRONOUS = 16
+MS_REMOUNT = 32
+MS_MANDLOCK = 64
+MS_DIRSYNC = 128
+MS_NOSYMFOLLOW = 256
+MS_NOATIME = 1024
+MS_NODIRATIME = 2048
+MS_BIND = 4096
+MS_MOVE = 8192
+MS_REC = 16384
+MS_SILENT = 32768
+MS_UNBINDABLE = 1 << 17
+MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
+MS_SHARED = 1 << 20
+MS_RELATIME = 1 << 21
+MS_STRICTATIME = 1 << 24
+MS_LAZYTIME = 1 << 25
+
+# linux/fs.h
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+
+MAX_DATA_BYTES = 4095  # mount(2) copies one page and wants its last byte for the NUL
+
+SET_FLAGS = {
+    "ro": MS_RDONLY,
+    "nosuid": MS_NOSUID,
+    "nodev": MS_NODEV,
+    "noexec": MS_NOEXEC,
+    "sync": MS_SYNCHRONOUS,
+    "remount": MS_REMOUNT,
+    "mand": MS_MANDLOCK,
+    "dirsync": MS_DIRSYNC,
+    "nosymfollow": MS_NOSYMFOLLOW,
+    "noatime": MS_NOATIME,
+    "nodiratime": MS_NODIRATIME,
+    "bind": MS_BIND,
+    "rbind": MS_BIND | MS_REC,
+    "silent": MS_SILENT,
+    "relatime": MS_RELATIME,
+    "strictatime": MS_STRICTATIME,
+    "lazytime": MS_LAZYTIME,
+}
+CLEAR_FLAGS = {
+    "rw": MS_RDONLY,
+    "suid": MS_NOSUID,
+    "dev": MS_NODEV,
+    "exec": MS_NOEXEC,
+    "async": MS_SYNCHRONOUS,
+    "nomand": MS_MANDLOCK,
+    "symfollow": MS_NOSYMFOLLOW,
+    "atime": MS_NOATIME,
+    "diratime": MS_NODIRATIME,
+    "norelatime": MS_RELATIME,
+    "nostrictatime": MS_STRICTATIME,
+    "nolazytime": MS_LAZYTIME,
+    "loud": MS_SILENT,
+    "defaults": 0,
+}
+PROPAGATION = {
+    "unbindable": MS_UNBINDABLE,
+    "runbindable": MS_UNBINDABLE | MS_REC,
+    "private": MS_PRIVATE,
+    "rprivate": MS_PRIVATE | MS_REC,
+    "slave": MS_SLAVE,
+    "rslave": MS_SLAVE | MS_REC,
+    "shared": MS_SHARED,
+    "rshared": MS_SHARED | MS_REC,
+}
+PRIVATE_PREFIX = "X-containerd."  # containerd's notes to itself, never for mount(2)
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One mount as containerd orders it: `target` is a directory below the mount point, usually empty."""
+
+    type: str
+    source: str
+    target: str = ""
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Mount words, sorted by what the kernel makes of them."""
+
+    flags: int
+    propagation: int
+    data: str
+    loop: bool
+
+
+def parse_options(words: Iterable[str]) -> Options:
+    """Sort mount words into flags, propagation and file-system data. Later words win."""
+    flags = propagation = 0
+    data: list[str] = []
+    loop = False
+    for word in words:
+        if word in SET_FLAGS:
+            flags |= SET_FLAGS[word]
+        elif word in CLEAR_FLAGS:
+            flags &= ~CLEAR_FLAGS[word]
+        elif word in PROPAGATION:
+            propagation = PROPAGATION[word]
+        elif word == "loop":
+            loop = True
+        elif not word.startswith(PRIVATE_PREFIX) and word:
+            data.append(word)
+    return Options(flags, propagation, ",".join(data), loop)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, f"{what}: {os.strerror(errno)}")
+
+
+def mount(source: str, target: Path, fstype: str, flags: int, data: str = "") -> None:
+    """Make a mount by the system call.
+
+    Raises:
+        OSError: with source, target and type in its text.
+    """
+    what = f"mount {source!r} ({fstype or 'flags only'}) on {str(target)!r}"
+    result = _libc.mount(
+        source.encode(), os.fsencode(target), fstype.encode(), ctypes.c_ulong(flags), data.encode() or None
+    )
+    _check(result, what)
+
+
+def set_propagation(target: Path, propagation: int) -> None:
+    """Change how mounts travel to and from `target`."""
+    mount("", target, "", propagation)
+
+
+def bind(source: Path, target: Path, *, read_only: bool = False, recursive: bool = True) -> None:
+    """Bind `source` on `target`, which exists and is of the same kind (directory or file)."""
+    flags = MS_BIND | (MS_REC if recursive else 0)
+    mount(str(source), target, "", flags)
+    if read_only:
+        # mount(2): a bind takes its flags from the source; only a remount can make it read-only.
+        mount("", target, "", MS_BIND | MS_REMOUNT | MS_RDONLY | _locked_flags(target))
+
+
+def _locked_flags(target: Path) -> int:
+    """Flags that a remount must repeat, or the kernel refuses it in a user namespace."""
+    st = os.statvfs(target)
+    pairs = ((os.ST_NOSUID, MS_NOSUID), (os.ST_NODEV, MS_NODEV), (os.ST_NOEXEC, MS_NOEXEC))
+    return sum(flag for bit, flag in pairs if st.f_flag & bit)
+
+
+def mount_all(mounts: Sequence[Mount], root: Path) -> None:
+    """Mount containerd's entries on `root`, in order; undo all of them if one fails.
+
+    Raises:
+        VCError: naming the entry and the kernel's reason.
+        InvalidArgument: an entry's target leaves `root`.
+    """
+    done = False
+    try:
+        for entry in mounts:
+            _mount_one(entry, _target_below(root, entry.target))
+        done = True
+    except OSError as exc:
+        raise VCError(f"cannot mount the root file system: {exc.strerror or exc}") from exc
+    finally:
+        if not done:
+            unmount_below(root)
+
+
+def _target_below(root: Path, target: str) -> Path:
+    if not target:
+        return root
+    path = (root / target.lstrip("/")).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise InvalidArgument(f"mount target {target!r} leaves the root file system {str(root)!r}")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _mount_one(entry: Mount, target: Path) -> None:
+    options = parse_options(entry.options)
+    if options.loop or entry.type.startswith("fuse") or len(options.data) > MAX_DATA_BYTES:
+        _mount_by_tool(entry, target)
+        return
+    flags = options.flags
+    if flags & MS_BIND:
+        mount(entry.source, target, "", flags & (MS_BIND | MS_REC))
+        if flags & ~(MS_BIND | MS_REC):
+            mount("", target, "", flags | MS_REMOUNT | _locked_flags(target))
+    else:
+        mount(entry.source, target, entry.type, flags, options.data)
+    if options.propagation:
+        set_propagation(target, options.propagation)
+
+
+def _mount_by_tool(entry: Mount, target: Path) -> None:
+    """Let mount(8) do what needs more than one system call: loop devices, fuse helpers, long overlays."""
+    words = [word for word in entry.options if not word.startswith(PRIVATE_PREFIX)]
+    cwd, words = _shorten_overlay(words)
+    argv = ["mount", "-t", entry.type, "-o", ",".join(words) or "defaults", "--", entry.source, str(target)]
+    result = subprocess.run(
+        argv, cwd=cwd, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    if result.returncode != 0:
+        raise OSError(0, f"mount {entry.source!r} ({entry.type}) on {str(target)!r}: {result.stderr.strip()}")
+
+
+def _shorten_overlay(words: list[str]) -> tuple[str | None, list[str]]:
+    """Name lower layers from their common parent, since mount(2) takes at most a page of data."""
+    for index, word in enumerate(words):
+        layers = word.removeprefix("lowerdir=").split(":") if word.startswith("lowerdir=") else []
+        if len(layers) > 1:
+            parent = os.path.commonpath(layers)
+            short = ":".join(os.path.relpath(layer, parent) for layer in layers)
+            return parent, [*words[:index], f"lowerdir={short}", *words[index + 1 :]]
+    return None, words
+
+
+def unmount(target: Path) -> bool:
+    """Detach the topmost mount on `target`; tell whether there was one."""
+    return _libc.umount2(os.fsencode(target), MNT_DETACH | UMOUNT_NOFOLLOW) == 0
+
+
+def mounted_below(root: Path) -> list[Path]:
+    """Return the mount points at and below `root`, deepest and newest first."""
+    prefix = str(root)
+    found = []
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            point = _unescape(line.split(" ", 5)[4])  # proc(5): field 5 is the mount point
+            if point == prefix or point.startswith(prefix + "/"):
+                found.append(Path(point))
+    return found[::-1]
+
+
+def _unescape(field: str) -> str:
+    """Undo the octal escapes of proc(5) for blank, tab, newline and backslash."""
+    if "\\" not in field:
+        return field
+    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        field = field.replace(code, char)
+    return field
+
+
+def unmount_below(root: Path) -> int:
+    """Detach every mount at and below `root`; return how many there were. Safe to run twice."""
+    count = 0
+    for point in mounted_below(root):
+        count += unmount(point)
+    return count

@@ -1,8 +1,8 @@
 """Find the configuration files, read them, and check every key; problems are reported all together.
 
 Order of search: the path that containerd's runtime options name, the environment variable KATA_CONF_FILE,
-then `DEFAULT_PATHS`. Symbolic links are resolved; files of `config.d` beside the result override it key by key, in
-the order of their names. Rule: `load` raises nothing but `InvalidArgument`, whatever the files hold.
+then `DEFAULT_PATHS`. Symbolic links are resolved; files of `config.d` beside the result override it key by
+key, in the order of their names. Rule: `load` raises nothing but `InvalidArgument`, whatever the files hold.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The OCI runtime specification: read config.json, plan its mounts, translate it for the guest. All pure."""

@@ -37,7 +37,7 @@ from yamux.resync import Initiator
 from yamux.turns import Turns
 
 READ_SIZE = 128 * 1024  # bytes
-GRACE = 1.0  # seconds to finish a frame and say GoAway when the session ends
+GRACE = 1.0  # seconds; to finish a frame, to say GoAway, to read what is left, when the session ends
 # Streams closed by us that the peer has not ended; beyond, the oldest is reset. A peer that never ends a
 # stream would make each one cost us memory for ever.
 MAX_LINGERING = 256
@@ -136,15 +136,16 @@ class Stream(trio.abc.HalfCloseableStream):
 
     async def aclose(self) -> None:
         """Close both directions; a reset if the call is cancelled, or something was not sent or not read."""
-        if not self._closed:
-            self._closed = True
-            self._session._closed_by_us(self)
-            self._wake()
+        first, self._closed = not self._closed, True
+        torn = self._session._turns.waits(self.stream_id)  # in another task's send_all
+        self._wake()
         try:
             await checkpoint()
         except trio.Cancelled:
             self._session._abort(self)
             raise
+        if first:
+            self._session._closed_by_us(self, torn=torn)
 
     @contextmanager
     def _one_sender(self) -> Iterator[None]:
@@ -211,7 +212,7 @@ class Session:
         self._streams: dict[int, Stream] = {}
         self._turns = Turns(self._connection)
         self._incoming: deque[Stream] = deque()
-        self._lingering: deque[int] = deque()
+        self._lingering: dict[int, None] = {}  # closed by us, not ended by the peer; the oldest first
         self._writer = ParkingLot()
         self._openers = ParkingLot()
         self._acceptors = ParkingLot()
@@ -221,6 +222,7 @@ class Session:
         self._scope = trio.CancelScope()
         self._frame_scope = trio.CancelScope(shield=True)
         self._line_usable = True
+        self._started = False
         self._finished = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -236,6 +238,8 @@ class Session:
             RemoteProtocolError: the peer broke the protocol.
 
         """
+        assert not self._started, "a session runs once"
+        self._started = True
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -311,6 +315,10 @@ class Session:
     async def aclose(self) -> None:
         """End the session: finish the frame being written, send GoAway, close the transport."""
         self._stop(trio.ClosedResourceError("the session was closed on this side"))
+        if not self._started:
+            self._started = True
+            await self._transport.aclose()
+            self._finished.set()
         await self._finished.wait()
 
     # The tasks
@@ -360,10 +368,15 @@ class Session:
             if not data:
                 await self._writer.park()
                 continue
-            with trio.CancelScope(shield=True) as self._frame_scope:
-                self._line_usable = False
-                await self._transport.send_all(data)
-                self._line_usable = True
+            try:
+                with trio.CancelScope(shield=True) as self._frame_scope:
+                    self._line_usable = False
+                    await self._transport.send_all(data)
+                    self._line_usable = True
+            except trio.BrokenResourceError:
+                # The peer left, but its last words may still be in the line: let the reader get them.
+                await trio.sleep(GRACE)
+                raise
             if not self._line_usable:
                 raise trio.BrokenResourceError(
                     f"a frame was not taken within {GRACE} s after the session ended"
@@ -457,10 +470,10 @@ class Session:
         if self._connection.wants_to_send:
             self._wake_writer()
 
-    def _closed_by_us(self, stream: Stream) -> None:
+    def _closed_by_us(self, stream: Stream, *, torn: bool) -> None:
         if not self._connection.is_live(stream.stream_id):
             return
-        if stream._received or self._turns.waits(stream.stream_id):
+        if stream._received or torn:
             self._abort(stream)
             return
         if not stream._ended:
@@ -468,11 +481,9 @@ class Session:
             self._wake_writer()
         self._prune(stream)
         if stream.stream_id in self._streams:
-            self._lingering.append(stream.stream_id)
+            self._lingering[stream.stream_id] = None
             if len(self._lingering) > MAX_LINGERING:
-                oldest = self._streams.get(self._lingering.popleft())
-                if oldest is not None:
-                    self._abort(oldest)
+                self._abort(self._streams[next(iter(self._lingering))])
 
     def _abort(self, stream: Stream) -> None:
         self._connection.reset_stream(stream.stream_id)
@@ -482,6 +493,7 @@ class Session:
     def _prune(self, stream: Stream) -> None:
         if not self._connection.is_live(stream.stream_id):
             self._streams.pop(stream.stream_id, None)
+            self._lingering.pop(stream.stream_id, None)
 
     # The end
 

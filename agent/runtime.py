@@ -1,0 +1,121 @@
+"""crun, which makes and changes containers in the guest: one function for each of its commands that we use.
+
+crun's descriptors 0, 1, 2 become the container's, so its errors come through a log file. What it says is
+passed up as it is: clients look for "executable file not found", "no such file or directory", "permission
+denied".
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from agent.errors import RuntimeFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from agent.reaper import Child, Reaper
+
+MAX_LOG = 16 << 10
+
+
+class Crun:
+    """crun with its state in `root`."""
+
+    def __init__(self, reaper: Reaper, root: str) -> None:
+        self._reaper = reaper
+        self._root = root
+
+    def create(
+        self, container_id: str, bundle: str, streams: Sequence[int], *, console: str | None, pivot: bool
+    ) -> Child:
+        """Make the container and its init process, which waits for `start`; returns that process.
+
+        `streams` become its descriptors 0 to 2, unless `console` names the socket that its terminal is sent
+        to.
+        """
+        pid_file = f"{bundle}/init.pid"
+        argv = ["create", "--bundle", bundle, "--pid-file", pid_file]
+        if console:
+            argv += ["--console-socket", console]
+        if not pivot:
+            argv += ["--no-pivot"]
+        return self._make([*argv, container_id], bundle, pid_file, streams)
+
+    def exec(
+        self,
+        container_id: str,
+        directory: str,
+        process_file: str,
+        streams: Sequence[int],
+        *,
+        console: str | None,
+    ) -> Child:
+        """Start a process in the container; returns it. `directory` is for files of this call alone."""
+        pid_file = f"{directory}/pid"
+        argv = ["exec", "--detach", "--process", process_file, "--pid-file", pid_file]
+        if console:
+            argv += ["--console-socket", console]
+        return self._make([*argv, container_id], directory, pid_file, streams)
+
+    def start(self, container_id: str) -> None:
+        """Let the init process run its program."""
+        self._run(["start", container_id])
+
+    def update(self, container_id: str, resources_file: str) -> None:
+        """Change the limits of the container."""
+        self._run(["update", "--resources", resources_file, container_id])
+
+    def pause(self, container_id: str) -> None:
+        """Freeze all processes of the container."""
+        self._run(["pause", container_id])
+
+    def resume(self, container_id: str) -> None:
+        """Let them go on."""
+        self._run(["resume", container_id])
+
+    def delete(self, container_id: str) -> None:
+        """Kill what runs and remove the container's cgroup and crun's record of it. One that is unknown is
+        fine.
+        """
+        self._run(["delete", "--force", container_id])
+
+    def _run(self, argv: list[str]) -> None:
+        status, output = self._reaper.run(["crun", "--root", self._root, *argv], check=False)
+        if status:
+            text = output.decode("utf-8", "replace").strip()
+            raise RuntimeFailed(text or f"crun {argv[0]} ended with status {status}")
+
+    def _make(self, argv: list[str], directory: str, pid_file: str, streams: Sequence[int]) -> Child:
+        log_file = f"{directory}/crun.log"
+        stdin, stdout, stderr = streams or (None, None, None)
+        with self._reaper.births():
+            crun = self._reaper.spawn(
+                ["crun", "--root", self._root, "--log", f"file:{log_file}", *argv],
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+            )
+            status = crun.wait()
+            if status:
+                raise RuntimeFailed(_read(log_file).strip() or f"crun {argv[0]} ended with status {status}")
+            child = self._reaper.adopt(int(_read(pid_file)))
+        for file in (pid_file, log_file):
+            _remove(file)
+        return child
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(MAX_LOG)
+    except FileNotFoundError:
+        return ""
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass

@@ -1,0 +1,180 @@
+"""The processes that a VM consists of: started, watched, killed and reaped in one place.
+
+The rules: they die with this process, their death is known at once and with its cause, and leaving the block
+leaves nothing behind. Linux ties the parent-death signal to the *thread* that forked (prctl(2)), so they are
+started from trio's own thread; a worker thread ends when it is idle and would take them along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from vc.background import background
+from vc.errors import HypervisorError
+from vc.hypervisor.console import ConsoleTail
+
+log = logging.getLogger(__name__)
+
+# util-linux. Each of these programs becomes the next one by exec, so the pid stays the same.
+DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
+# A process that needs no capability has none, now or after an exec; as uid 0 it still owns its files.
+NO_CAPABILITIES = ("--no-new-privs", "--inh-caps=-all", "--bounding-set=-all")
+
+KILL_GRACE = 5.0  # seconds for the kernel to end a killed process; a VM with much memory takes a while
+LAST_WORDS_GRACE = 1.0  # seconds to read what a dead process left in its stderr
+READ_SIZE = 4096  # bytes
+STDERR_LINES = 5  # in an error message
+
+
+def prefix(*, netns: str | None = None, capabilities: bool = False) -> list[str]:
+    """Return the programs in front of a child's own command line.
+
+    `netns`: the path of a network namespace, "" for a new empty one, None for the one we are in.
+    """
+    argv: list[str] = []
+    if netns is not None:
+        argv += ["nsenter", f"--net={netns}", "--"] if netns else ["unshare", "--net", "--"]
+    argv += DIE_WITH_PARENT
+    if not capabilities:
+        argv += NO_CAPABILITIES
+    return [*argv, "--"]
+
+
+def describe_exit(name: str, pid: int, status: int) -> str:
+    """Say how a process ended. `status` as in subprocess: negative is a signal."""
+    if status >= 0:
+        return f"{name} (pid {pid}) exited with status {status}"
+    try:
+        signal_name = signal.Signals(-status).name
+    except ValueError:
+        signal_name = f"signal {-status}"
+    return f"{name} (pid {pid}) was killed by {signal_name}"
+
+
+class Child:
+    """A running process. Made by `running`."""
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], pidfd: int) -> None:
+        self.name = name
+        self.pid = process.pid
+        self.stderr = ConsoleTail(on_line=lambda line: log.debug("%s: %s", name, line))
+        self._process = process
+        self.scope = trio.CancelScope(shield=True)  # of `attend`
+        self._pidfd = pidfd
+        self._stderr_ended = trio.Event()
+        self._dead = trio.Event()
+        self._cause = ""
+
+    @property
+    def dead(self) -> bool:
+        """Whether the process has ended and was reaped."""
+        return self._dead.is_set()
+
+    async def wait_dead(self) -> str:
+        """Block until the process has ended; return how, and its last words."""
+        await self._dead.wait()
+        return self._cause
+
+    def kill_nowait(self) -> None:
+        """Send SIGKILL, unless it is dead already."""
+        if self._process.returncode is None:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    async def attend(self, stderr: int) -> None:
+        """Read the process's stderr and reap it. Ends when it is dead, and not before: see `running`."""
+        with self.scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._read_stderr, trio.lowlevel.FdStream(stderr))
+                await self._watch()
+                nursery.cancel_scope.cancel()
+
+    async def _watch(self) -> None:
+        await trio.lowlevel.wait_readable(self._pidfd)
+        result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        assert result is not None  # without WNOHANG there is always one
+        status = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+        self._process.returncode = status  # or Popen would believe that it still runs
+        with trio.move_on_after(LAST_WORDS_GRACE):
+            await self._stderr_ended.wait()
+        self._cause = describe_exit(self.name, self.pid, status)
+        if last_words := self.stderr.last(STDERR_LINES):
+            self._cause += f": {last_words}"
+        self._dead.set()
+
+    async def _read_stderr(self, stream: trio.lowlevel.FdStream) -> None:
+        async with stream:
+            while data := await stream.receive_some(READ_SIZE):
+                self.stderr.feed(bytes(data))
+        self._stderr_ended.set()
+
+
+@asynccontextmanager
+async def running(argv: Sequence[str], *, name: str, pass_fds: Sequence[int] = ()) -> AsyncIterator[Child]:
+    """Run a program as long as the block lasts, then kill and reap it.
+
+    `argv` begins with what `prefix` returned. The child gets the descriptors `pass_fds` under their numbers,
+    and no others.
+
+    Raises:
+        HypervisorError: the first program of the command line does not exist.
+
+    """
+    stderr, child_stderr = os.pipe2(os.O_CLOEXEC)
+    try:
+        process = _spawn(argv, name, child_stderr, pass_fds)
+    except BaseException:
+        os.close(stderr)
+        raise
+    finally:
+        os.close(child_stderr)
+    pidfd = os.pidfd_open(process.pid)
+    child = Child(name, process, pidfd)
+    try:
+        async with background() as nursery:
+            nursery.start_soon(child.attend, stderr)
+            try:
+                yield child
+            finally:
+                child.kill_nowait()
+                # It attends also when we are cancelled, because a killed process must be reaped.
+                child.scope.deadline = trio.current_time() + KILL_GRACE
+    finally:
+        os.close(pidfd)
+        if process.returncode is None:
+            log.error("%s (pid %d) does not die of SIGKILL; it is left behind", name, process.pid)
+            process.returncode = -signal.SIGKILL  # nothing more can be done, and Popen would complain
+
+
+def _spawn(argv: Sequence[str], name: str, stderr: int, pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
+    log.debug("starting %s: %s", name, " ".join(argv))
+    try:
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=stderr,
+            stderr=stderr,
+            pass_fds=pass_fds,
+            cwd="/",
+            start_new_session=True,  # a Ctrl-C at a terminal is for us, and we end the VM in order
+        )
+    except OSError as exc:
+        raise HypervisorError(f"cannot start {name}: {argv[0]}: {exc.strerror}; is it installed?") from exc
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the children of a process, their children and so on. They may be gone when this returns."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in children.read_text().split():
+                found += [int(child), *descendants(int(child))]
+    return found

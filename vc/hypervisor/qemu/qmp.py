@@ -1,0 +1,126 @@
+"""QMP as data: the commands that we give and the events that we understand.
+
+QMP is JSON over a stream. A command is {"execute": name, "arguments": {...}} and is answered by {"return":
+...} or {"error": {"class", "desc"}}; events {"event": name, "data": {...}, "timestamp": ...} come at any
+time. Framing, ids and the capabilities negotiation are the library's (qemu.qmp).
+
+The rule of this file: no I/O, no clock. QEMU is the other side, and a guest that broke out of it may write
+here: events are read with care, and what is not understood is None.
+
+Source: QEMU QMP Reference Manual; each command and event is named there as it is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command and its arguments."""
+
+    name: str
+    arguments: Mapping[str, object] = field(default_factory=dict)
+
+
+def stop() -> Command:
+    """Stop all vCPUs."""
+    return Command("stop")
+
+
+def cont() -> Command:
+    """Let all vCPUs run."""
+    return Command("cont")
+
+
+def query_status() -> Command:
+    """Ask whether the machine runs."""
+    return Command("query-status")
+
+
+def getfd(name: str) -> Command:
+    """Give a name to the descriptor that was sent with this command."""
+    return Command("getfd", {"fdname": name})
+
+
+def chardev_add_socket(chardev: str, fdname: str) -> Command:
+    """Make a character device of a connected socket that `getfd` has named."""
+    address = {"type": "fd", "data": {"str": fdname}}
+    backend = {"type": "socket", "data": {"addr": address, "server": False}}
+    return Command("chardev-add", {"id": chardev, "backend": backend})
+
+
+def chardev_remove(chardev: str) -> Command:
+    """Remove a character device that no device uses."""
+    return Command("chardev-remove", {"id": chardev})
+
+
+def device_add(driver: str, device: str, bus: str, properties: Mapping[str, object]) -> Command:
+    """Plug a device."""
+    return Command("device_add", {"driver": driver, "id": device, "bus": bus, **properties})
+
+
+def device_del(device: str) -> Command:
+    """Ask the guest to give a device back; it is gone when `DeviceDeleted` comes."""
+    return Command("device_del", {"id": device})
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """The machine ends. `by_guest`: the guest did it; the reason is QEMU's ShutdownCause."""
+
+    by_guest: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceDeleted:
+    """The guest has given a device back."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The vCPUs stand still, by our order or by an error of the machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The vCPUs run again."""
+
+
+Event = Shutdown | DeviceDeleted | Stopped | Resumed
+
+EVENT_NAMES = ("SHUTDOWN", "DEVICE_DELETED", "STOP", "RESUME")  # the others are not asked for
+
+
+def parse_event_untrusted(message: Mapping[str, object]) -> Event | None:
+    """Read an event; None if it is none of ours, or not what the manual says."""
+    name = message.get("event")
+    data = message.get("data")
+    data = data if isinstance(data, Mapping) else {}
+    if name == "SHUTDOWN":
+        return Shutdown(data.get("guest") is True, str(data.get("reason", "unknown"))[:64])
+    if name == "DEVICE_DELETED":
+        device = data.get("device")
+        return DeviceDeleted(device) if isinstance(device, str) else None
+    if name == "STOP":
+        return Stopped()
+    if name == "RESUME":
+        return Resumed()
+    return None
+
+
+# ShutdownCause of the manual, for what a guest can bring about itself
+_GUEST_REASONS = {
+    "guest-shutdown": "the guest powered itself off",
+    "guest-reset": "the guest restarted itself, as its kernel does after a panic",
+    "guest-panic": "the guest's kernel panicked",
+}
+
+
+def describe_shutdown(event: Shutdown) -> str:
+    """Say why the machine ended."""
+    return _GUEST_REASONS.get(event.reason, f"the machine was shut down ({event.reason})")

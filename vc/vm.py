@@ -1,0 +1,195 @@
+"""A VM: the machine, the file system it shares, and the agent in its guest, from boot to death.
+
+`boot_vm` starts everything at once and lets the pieces wait for each other: virtiofsd and QEMU start side by
+side, QMP connects in a thread, and the agent's first words are answered the moment they come. When the VMM or
+virtiofsd dies, every call to the agent fails with the cause; the block itself goes on, because only its owner
+knows what has to be told to whom first.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import trio
+
+from protos.kata import agent_pb2
+from vc.agent_client.client import CHECK_TIMEOUT, AgentClient
+from vc.agent_client.transports import Transport, open_transport
+from vc.background import background
+from vc.errors import GuestGone, HypervisorError, VCError
+from vc.hypervisor.base import Device, Machine, VMConfig
+from vc.hypervisor.qemu.driver import launch
+from vc.persist.store import Layout
+from vc.storage.sharedfs import SOCKET as VIRTIOFS_SOCKET
+from vc.storage.sharedfs import SharedFS, virtiofsd
+
+log = logging.getLogger(__name__)
+
+CONSOLE_LINES = 8  # at the end of an error
+KERNEL_PANIC = "Kernel panic - not syncing"  # Linux, kernel/panic.c
+# virtiofsd ends when QEMU does, sometimes a little earlier than QEMU's death is known. It is the culprit
+# only if QEMU is alive after this time.
+BLAME_GRACE = 0.5  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class BootTimes:
+    """Seconds from the call of `boot_vm` until each step was done."""
+
+    launched: float  # virtiofsd and the VMM were started
+    reached: float  # the guest answered
+    ready: float  # its agent served
+
+
+class VM:
+    """One running VM. Made by `boot_vm`, or by a factory."""
+
+    transport: Transport
+    agent: AgentClient
+    details: agent_pb2.GuestDetailsResponse
+    times: BootTimes
+
+    def __init__(self, vmid: str, machine: Machine) -> None:
+        self.vmid = vmid
+        self.machine = machine
+        self.gone: GuestGone | None = None
+        self.booting = trio.CancelScope()
+        self._gone = trio.Event()
+        self._agents: list[AgentClient] = []
+
+    async def wait_gone(self) -> GuestGone:
+        """Block until the VM is dead; return an error that says why."""
+        await self._gone.wait()
+        return GuestGone(str(self.gone))
+
+    def adopt(self, agent: AgentClient) -> None:
+        """Make the VM's death the end of all calls to this agent."""
+        self._agents.append(agent)
+        if self.gone is not None:
+            agent.fail(self.gone)
+
+    def die(self, cause: str) -> None:
+        """Take the VM for dead. The first cause stays."""
+        if self.gone is None:
+            self.gone = GuestGone(f"VM {self.vmid} is gone: {cause}; {console_tail(self.machine)}")
+            self._gone.set()
+            self.booting.cancel()
+            for agent in self._agents:
+                agent.fail(self.gone)
+
+    async def watch_machine(self) -> None:
+        """Notice the death of the VMM."""
+        self.die(await self.machine.wait_dead())
+
+    async def watch_share(self, share: SharedFS) -> None:
+        """Notice the death of virtiofsd, without which the guest has no files."""
+        cause = await share.wait_dead()
+        with trio.move_on_after(BLAME_GRACE):
+            await self._gone.wait()
+        self.die(cause)
+
+
+def console_tail(machine: Machine) -> str:
+    """Say what the guest printed last."""
+    lines = machine.console.lines()
+    panics = [index for index, line in enumerate(lines) if KERNEL_PANIC in line]
+    if panics:
+        lines = lines[: panics[-1] + 1]  # what follows is a register dump
+    if not lines:
+        return "the guest printed nothing on its console"
+    return "last console lines: " + " | ".join(line.strip() for line in lines[-CONSOLE_LINES:])
+
+
+@asynccontextmanager
+async def boot_vm(
+    config: VMConfig, *, vmid: str, netns: str | None = None, shared_dir: Path | None = None
+) -> AsyncIterator[VM]:
+    """Boot a VM and wait until its agent serves; it is ended, and nothing is left of it, when the block ends.
+
+    `netns`: see `launch`. `shared_dir` is what the guest can mount, if the configuration shares anything.
+
+    Raises:
+        HypervisorError: it did not boot; the text says at which step, after how long, why, and what to do.
+        Unsupported: the configuration asks for what this host cannot do.
+
+    """
+    began = trio.current_time()
+    async with AsyncExitStack() as stack:
+        vm_dir = Layout(config.run_dir).vm(vmid)
+        try:
+            vm_dir.mkdir(mode=0o700, parents=True)
+        except OSError as exc:
+            raise HypervisorError(f"cannot make the directory {vm_dir} of VM {vmid}: {exc.strerror}") from exc
+        stack.callback(shutil.rmtree, vm_dir, ignore_errors=True)
+        share: SharedFS | None = None
+        devices: list[Device] = []
+        if config.shared_fs is not None and shared_dir is not None:
+            share = await stack.enter_async_context(
+                virtiofsd(config.shared_fs, shared_dir, vm_dir / VIRTIOFS_SOCKET)
+            )
+            devices.append(share.device)
+        machine = await stack.enter_async_context(
+            launch(config, vm_dir=vm_dir, vmid=vmid, netns=netns, devices=devices)
+        )
+        launched = trio.current_time() - began
+        vm = VM(vmid, machine)
+        nursery = await stack.enter_async_context(background())
+        nursery.start_soon(vm.watch_machine)
+        if share is not None:
+            nursery.start_soon(vm.watch_share, share)
+        vm.booting.deadline = began + config.dial_timeout
+        try:
+            with vm.booting:
+                await nursery.start(_serve_agent, vm, began)
+        except VCError as exc:
+            raise await _boot_error(vm, config, str(exc), trio.current_time() - began) from exc
+        if vm.booting.cancelled_caught:
+            raise await _boot_error(vm, config, "", trio.current_time() - began)
+        vm.times = replace(vm.times, launched=launched)
+        log.info("VM %s serves: %s", vmid, vm.times)
+        yield vm
+
+
+async def _serve_agent(
+    vm: VM, began: float, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Reach the agent, report started when it serves, and hold the connection until cancelled."""
+    async with open_transport(vm.machine.address, timeout=math.inf) as transport:
+        reached = trio.current_time() - began
+        vm.transport = transport
+        vm.agent = AgentClient(transport)
+        vm.adopt(vm.agent)
+        async with background() as nursery:
+            await nursery.start(vm.agent.run)
+            await vm.agent.check(timeout=CHECK_TIMEOUT)
+            vm.details = await vm.agent.get_guest_details()
+            vm.times = BootTimes(launched=0.0, reached=reached, ready=trio.current_time() - began)
+            task_status.started()
+            failure = await vm.agent.wait_failed()
+            vm.die(str(failure))  # a guest whose agent is gone is no use, whatever else lives
+            await trio.sleep_forever()  # the owner may still read from streams
+
+
+async def _boot_error(vm: VM, config: VMConfig, problem: str, elapsed: float) -> HypervisorError:
+    """Say what is known of a boot that failed: whoever noticed first may not know the cause."""
+    if problem and vm.gone is None:
+        with trio.move_on_after(BLAME_GRACE):
+            await vm.wait_gone()
+    if vm.gone is not None:
+        why = f"after {elapsed:.1f} s: {vm.gone}"
+        advice = "check kernel, initrd and image in the configuration"
+    else:
+        problem = problem or "its agent does not answer"
+        said = vm.machine.messages.last(CONSOLE_LINES)
+        why = f"after {elapsed:.1f} s: {problem}; {console_tail(vm.machine)}" + (said and f"; VMM: {said}")
+        advice = (
+            "check that the image or initrd has the agent, or raise dial_timeout"
+            f" ({config.dial_timeout:g} s) on a slow host; enable_debug logs the whole console"
+        )
+    return HypervisorError(f"VM {vm.vmid} did not boot {why}; {advice}")

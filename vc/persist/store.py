@@ -129,6 +129,17 @@ def load(layout: Layout, sandbox_id: str) -> SandboxRecord:
     return parse_record(data)
 
 
+def forget(layout: Layout, sandbox_id: str) -> None:
+    """Remove a sandbox's record, lock and directory; what else is in it stays. Safe to run twice."""
+    directory = layout.sandbox(sandbox_id)
+    for name in (RECORD, LOCK):
+        (directory / name).unlink(missing_ok=True)
+    try:
+        directory.rmdir()
+    except OSError:
+        pass  # something could not be unmounted: the delete action finds it there
+
+
 def sandbox_ids(layout: Layout) -> Iterator[str]:
     """List the ids of all sandboxes that have a directory."""
     if layout.sandboxes.is_dir():

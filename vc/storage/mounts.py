@@ -245,7 +245,8 @@ def _shorten_overlay(words: list[str]) -> tuple[str | None, list[str]]:
 
 def unmount(target: Path) -> bool:
     """Detach the topmost mount on `target`; tell whether there was one."""
-    return _libc.umount2(os.fsencode(target), MNT_DETACH | UMOUNT_NOFOLLOW) == 0
+    result: int = _libc.umount2(os.fsencode(target), MNT_DETACH | UMOUNT_NOFOLLOW)
+    return result == 0
 
 
 def mounted_below(root: Path) -> list[Path]:

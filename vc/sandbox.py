@@ -1,0 +1,266 @@
+"""A sandbox: one VM and all that belongs to a pod in it.
+
+`open_sandbox` holds everything that a sandbox has for the length of one block, acquired in order and given
+back in reverse. What a crash leaves is found by the record that the block writes first; `cleanup_sandbox`
+replays it from any process. Nothing here assumes that the VM was booted for this sandbox: a factory hands it
+over.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from protos.kata import agent_pb2
+from vc.agent_client.client import STREAMS_FEATURE, AgentClient
+from vc.background import background
+from vc.blocking import enter
+from vc.cleanup import start_ticks
+from vc.config import Config
+from vc.container import Container
+from vc.errors import AlreadyExists, GuestGone, NotFound, Unsupported
+from vc.factory import Factory
+from vc.factory.direct import DirectFactory
+from vc.hypervisor.configure import vm_config
+from vc.network.scan import interfaces_of
+from vc.oci.mounts import DEFAULT_SHM_BYTES, Plan, PlannedMount, clean, plan_mounts
+from vc.oci.mounts import Mount as SpecMount
+from vc.oci.spec import root as spec_root
+from vc.oci.translate import guest_spec
+from vc.persist import store
+from vc.persist.schema import SandboxRecord
+from vc.persist.store import Layout
+from vc.process import StdioRequest
+from vc.storage.look import look
+from vc.storage.mounts import Mount
+from vc.storage.share import GUEST_SHARE, Share, container_rootfs, shared_directory, volume
+from vc.vm import VM
+
+log = logging.getLogger(__name__)
+
+SHARE_TAG = "kataShared"  # Kata's virtiofs tag
+GUEST_SHM = "/run/kata-containers/sandbox/shm"  # Kata's place for the pod's /dev/shm
+SHM_OPTIONS = ("noexec", "nosuid", "nodev", "mode=1777")
+HOSTNAME_MAX = 64  # bytes: linux/utsname.h, __NEW_UTS_LEN
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxSpec:
+    """What a sandbox is to be.
+
+    `netns` is a path, "" for a new empty namespace, None for the host's own. `dns` are the lines of the
+    guest's resolv.conf. `config_path` is remembered in the record.
+    """
+
+    id: str
+    hostname: str = ""
+    netns: str | None = ""
+    dns: tuple[str, ...] = ()
+    shm_bytes: int = DEFAULT_SHM_BYTES
+    config_path: str = ""
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+
+class Sandbox:
+    """A running sandbox. `open_sandbox` makes them."""
+
+    def __init__(
+        self, spec: SandboxSpec, config: Config, share: Share, vm: VM, nursery: trio.Nursery, *, streams: bool
+    ) -> None:
+        """`streams`: the agent gives each stdio stream a connection of its own."""
+        self.id = spec.id
+        self.spec = spec
+        self.containers: dict[str, Container] = {}
+        self._config = config
+        self._share = share
+        self._vm = vm
+        self._nursery = nursery
+        self._streams = streams
+        self._claimed: set[str] = set()
+
+    @property
+    def pid(self) -> int:
+        """The VMM's process id on the host; it lives in the pod's network namespace."""
+        return self._vm.machine.pid
+
+    async def wait_gone(self) -> GuestGone:
+        """Block until the VM died; return why."""
+        return await self._vm.wait_gone()
+
+    async def wait_oom(self) -> str:
+        """Block until a container runs out of memory; return its id."""
+        return await self._vm.agent.wait_oom()
+
+    def find(self, container_id: str) -> Container:
+        """Return a container by its id. Raises: NotFound."""
+        try:
+            return self.containers[container_id]
+        except KeyError:
+            raise NotFound(f"no container {container_id!r} in sandbox {self.id!r}") from None
+
+    async def create_container(
+        self,
+        container_id: str,
+        spec: Mapping[str, Any],
+        *,
+        rootfs_mounts: Sequence[Mount],
+        rootfs: Path,
+        stdio: StdioRequest,
+    ) -> Container:
+        """Create a container from an OCI spec; its init process waits for `start`.
+
+        `rootfs_mounts` are containerd's entries for the root; without any, `rootfs` is mounted already.
+
+        Raises:
+            AlreadyExists: the id is taken.
+            VCError: what the host or the guest refuses. Nothing is left of the container then.
+        """
+        if container_id in self._claimed:
+            raise AlreadyExists(f"container {container_id!r} already exists in sandbox {self.id!r}")
+        self._claimed.add(container_id)
+        async with AsyncExitStack() as undo:
+            undo.callback(self._claimed.discard, container_id)
+            read_only = spec_root(spec)[1]
+            files = container_rootfs(self._share, container_id, rootfs_mounts, rootfs, read_only=read_only)
+            guest_root = await enter(undo, files)
+            mounts = await self._share_volumes(undo, container_id, spec)
+            translated = guest_spec(
+                spec,
+                root_path=guest_root,
+                mounts=mounts,
+                seccomp=not self._config.runtime.disable_guest_seccomp,
+            )
+            for note in translated.notes:
+                log.info("container %s: %s", container_id, note)
+            request = agent_pb2.CreateContainerRequest(
+                container_id=container_id,
+                exec_id=container_id,  # Kata's exec id of an init process
+                OCI=translated.spec,
+                sandbox_pidns=translated.sandbox_pidns,
+            )
+            container = Container(
+                container_id,
+                self._vm.agent,
+                self._nursery,
+                streams=self._streams,
+                forget=partial(self._forget, container_id),
+            )
+            await container.create(request, stdio, float(self._config.runtime.create_container_timeout))
+            container.keep(undo.pop_all())
+            self.containers[container_id] = container
+            return container
+
+    def _forget(self, container_id: str) -> None:
+        self.containers.pop(container_id, None)
+
+    async def _share_volumes(
+        self, undo: AsyncExitStack, container_id: str, spec: Mapping[str, Any]
+    ) -> list[SpecMount]:
+        """Share what the spec binds from the host; return the mounts as the guest is to make them."""
+        mounts = []
+        for planned in await trio.to_thread.run_sync(plan_mounts, spec, look):
+            if planned.note:
+                log.warning("container %s: %s", container_id, planned.note)
+            if planned.plan is Plan.SHARE:
+                source = Path(clean(planned.mount.source))
+                shared = volume(self._share, container_id, source, read_only=planned.mount.readonly)
+                mounts.append(_with_source(planned, await enter(undo, shared)))
+            elif planned.plan is Plan.SHM:
+                mounts.append(SpecMount(planned.mount.destination, GUEST_SHM, "bind", ("rbind",)))
+            elif planned.plan is Plan.GUEST:
+                mounts.append(planned.mount)
+            elif planned.plan is not Plan.IGNORE:
+                raise Unsupported(
+                    f"container {container_id!r}: the mount of {planned.mount.source!r} on "
+                    f"{planned.mount.destination!r} needs a {planned.plan.value} volume; there are none yet"
+                )
+        return mounts
+
+
+def _with_source(planned: PlannedMount, source: str) -> SpecMount:
+    return SpecMount(planned.mount.destination, source, planned.mount.type, planned.mount.options)
+
+
+@asynccontextmanager
+async def open_sandbox(
+    spec: SandboxSpec, config: Config, *, factory: Factory | None = None
+) -> AsyncIterator[Sandbox]:
+    """Run a sandbox for the length of the block.
+
+    Raises:
+        AlreadyExists: there is one of this id, alive or not cleaned up.
+        VCError: why it cannot be; nothing is left of it then.
+    """
+    layout = Layout(Path(config.runtime.run_dir))
+    vmid = secrets.token_hex(8)
+    async with AsyncExitStack() as stack:
+        lock = store.claim(layout, spec.id)
+        stack.callback(lock.release)
+        stack.callback(store.forget, layout, spec.id)
+        store.save(layout, _record(spec, vmid))
+        share = Share(layout.mounts(spec.id), layout.shared(spec.id))
+        await enter(stack, shared_directory(share))
+        maker = factory or DirectFactory()
+        vm = await stack.enter_async_context(
+            maker.vm(vm_config(config), vmid=vmid, shared_dir=share.shared, netns=spec.netns)
+        )
+        _report_interfaces(spec, vm.machine.pid)
+        nursery = await stack.enter_async_context(background())
+        await _prepare_guest(spec, config, vm.agent)
+        streams = STREAMS_FEATURE in vm.details.agent_details.extra_features
+        yield Sandbox(spec, config, share, vm, nursery, streams=streams)
+
+
+def _record(spec: SandboxSpec, vmid: str) -> SandboxRecord:
+    pid = os.getpid()
+    return SandboxRecord(spec.id, vmid, pid, start_ticks(pid), spec.config_path, time.time())
+
+
+def _report_interfaces(spec: SandboxSpec, vmm_pid: int) -> None:
+    """Say what the pod's network namespace has and the VM will not get."""
+    names = interfaces_of(vmm_pid) if spec.netns is not None else []
+    if names:
+        log.warning(
+            "network namespace %s has interfaces %s: this version gives the VM no network, "
+            "so the containers will not see them",
+            spec.netns or "of the sandbox",
+            ", ".join(names),
+        )
+
+
+async def _prepare_guest(spec: SandboxSpec, config: Config, agent: AgentClient) -> None:
+    """Make the guest this sandbox's: its name, shared directory, shm, DNS."""
+    request = agent_pb2.CreateSandboxRequest(
+        hostname=spec.hostname.encode()[:HOSTNAME_MAX].decode(errors="ignore"),
+        dns=spec.dns,
+        sandbox_id=spec.id,
+        storages=[
+            agent_pb2.Storage(
+                driver="virtio-fs", source=SHARE_TAG, fstype="virtiofs", mount_point=f"{GUEST_SHARE}/"
+            ),
+            agent_pb2.Storage(
+                driver="ephemeral",
+                source="shm",
+                fstype="tmpfs",
+                options=[*SHM_OPTIONS, f"size={spec.shm_bytes}"],
+                mount_point=GUEST_SHM,
+            ),
+        ],
+        kernel_modules=[_kernel_module(words) for words in config.agent.kernel_modules],
+    )
+    await agent.create_sandbox(request)
+
+
+def _kernel_module(words: str) -> agent_pb2.KernelModule:
+    name, *parameters = words.split()
+    return agent_pb2.KernelModule(name=name, parameters=parameters)

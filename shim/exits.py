@@ -1,0 +1,145 @@
+"""How processes end: each exit is written down once, visible before it is announced, and in order.
+
+A process's exit is reported after its start was announced and after its output has reached the client; the
+exits of execs before init's. When the sandbox is over, by its death or at our order, every process has ended,
+whatever its own wait says.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import trio
+
+from shim.tasks import KILLED_STATUS, ProcessRecord, State, Task, Tasks
+from vc.errors import VCError
+from vc.process import Exit
+
+if TYPE_CHECKING:
+    from shim.announce import Announcer
+
+log = logging.getLogger(__name__)
+
+EXEC_GRACE = 2.0  # seconds that execs get to end after their container's init process has
+STATS_LIMIT = 1.0  # seconds for the last counters of a killed container
+SIGKILL = 9
+
+
+class Exits:
+    """Watches the processes of a pod's tasks, in the nursery that it is given."""
+
+    def __init__(self, nursery: trio.Nursery, announcer: Announcer, tasks: Tasks) -> None:
+        self._nursery = nursery
+        self._announcer = announcer
+        self._tasks = tasks
+        self._over = trio.Event()
+        self._cause = ""
+
+    def sandbox_opened(self) -> None:
+        """A sandbox runs from now on."""
+        self._over = trio.Event()
+
+    def sandbox_over(self, cause: str) -> None:
+        """No process runs any more. The first cause stays."""
+        if self._over.is_set():
+            return
+        self._cause = cause
+        self._over.set()
+        for task in self._tasks:
+            for record in (*task.execs.values(), task.init):
+                if record.state is State.CREATED:
+                    self.end_unstarted(task, record, KILLED_STATUS)
+
+    def created(self, task: Task, record: ProcessRecord) -> None:
+        """A process was created; it ends at once if the sandbox did meanwhile."""
+        if self._over.is_set():
+            self.end_unstarted(task, record, KILLED_STATUS)
+
+    def end_unstarted(self, task: Task, record: ProcessRecord, status: int) -> None:
+        """End a process that never ran. Of an exec nobody is told but who waits: it was never started."""
+        if record.exec_id:
+            record.end(status, time.time())
+        else:
+            self._report(task, record, Exit(status, time.time()))
+
+    def watch(self, task: Task, record: ProcessRecord) -> None:
+        """Report the exit of a process that was announced as started."""
+        self._nursery.start_soon(self._watch, task, record)
+
+    async def _watch(self, task: Task, record: ProcessRecord) -> None:
+        try:
+            ended = await self._wait(record)
+            if ended.cause:
+                log.warning("%s ended with status %d: %s", record.name, ended.status, ended.cause)
+            record.io.process_ended()
+            await record.io.wait_copied(ended.stdout_bytes, ended.stderr_bytes)
+            if not record.exec_id:
+                await self._end_execs(task)
+                if ended.status == KILLED_STATUS:
+                    await self._keep_stats(task)
+        except Exception:
+            log.exception("watching %s failed", record.name)
+            ended = Exit(KILLED_STATUS, time.time())
+        self._report(task, record, ended)
+        if task.owns_sandbox and not record.exec_id:
+            await self._end_other_tasks(task)
+
+    async def _wait(self, record: ProcessRecord) -> Exit:
+        """Wait for the process, or for the end of the sandbox, which is the end of the process too."""
+        found: list[Exit] = []
+        async with trio.open_nursery() as nursery:
+
+            async def wait_over() -> None:
+                await self._over.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(wait_over)
+            found.append(await record.process.wait())
+            nursery.cancel_scope.cancel()
+        return found[0] if found else Exit(KILLED_STATUS, time.time(), self._cause)
+
+    def _report(self, task: Task, record: ProcessRecord, ended: Exit) -> None:
+        """Make an exit visible, wake the waiters, then announce it."""
+        if record.end(ended.status, ended.at):
+            assert record.exit is not None
+            self._announcer.exited(record, record.exit)
+
+    async def _end_execs(self, task: Task) -> None:
+        """Have the execs end before their init process does: killed if need be, given up after a while."""
+        for record in task.execs.values():
+            if record.state is State.CREATED:
+                self.end_unstarted(task, record, KILLED_STATUS)
+        running = [record for record in task.execs.values() if record.exit is None]
+        with trio.move_on_after(EXEC_GRACE):
+            for record in running:
+                try:
+                    await record.process.signal(SIGKILL)
+                except VCError:
+                    pass  # it is ending already, or the guest is
+            for record in running:
+                await record.exited.wait()
+        for record in running:
+            self._report(task, record, Exit(KILLED_STATUS, time.time(), "its container ended"))
+
+    async def _keep_stats(self, task: Task) -> None:
+        """Read the counters once more: clients ask after a kill whether it was for want of memory."""
+        with trio.move_on_after(STATS_LIMIT):
+            try:
+                task.stats = await task.container.stats()
+            except VCError as exc:
+                log.debug("no last counters of %s: %s", task.init.name, exc)
+
+    async def _end_other_tasks(self, owner: Task) -> None:
+        """With the sandbox's own container the pod ends, so nobody may wait for the others for ever."""
+        for task in self._tasks:
+            if task is owner or task.init.exit is not None:
+                continue
+            if task.init.state is State.CREATED:
+                self.end_unstarted(task, task.init, KILLED_STATUS)
+                continue
+            try:
+                await task.container.signal_all(SIGKILL)
+            except VCError as exc:
+                log.debug("%s cannot be killed with its pod: %s", task.init.name, exc)

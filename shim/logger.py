@@ -1,0 +1,116 @@
+"""A logging program: a child that reads a process's output from descriptors 3 and 4.
+
+It gets nothing else from us: standard streams on /dev/null, two variables as its environment, and on
+descriptor 5 a pipe on which it says, by a byte or by closing it, that it is ready to read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+
+import trio
+
+from shim.outputs import PipeOutput
+from shim.stdio_uri import Target
+from vc.errors import InvalidArgument
+
+log = logging.getLogger(__name__)
+
+STDOUT_FD, STDERR_FD, READY_FD = 3, 4, 5  # containerd, runtime v2 logging package
+ABOVE = 10  # our copies are above the numbers that the child's are put on
+TERM_GRACE = 12.0  # seconds, as in the reference shim
+KILL_WAIT = 2.0  # seconds
+
+
+class Logger:
+    """A running logging program. `stdout` and `stderr` are what to write to."""
+
+    def __init__(self, target: Target, pid: int, stdout: PipeOutput, stderr: PipeOutput) -> None:
+        self.stdout = stdout
+        self.stderr = stderr
+        self._path = target.path
+        self._pid = pid
+        self._handle = os.pidfd_open(pid)
+
+    async def end(self) -> None:
+        """Close its input and let it finish; kill it if it does not. Always reaps it."""
+        self.stdout.close()
+        self.stderr.close()
+        if self._handle < 0:
+            return
+        with trio.CancelScope(shield=True):  # each wait below is bounded
+            for number, limit in ((signal.SIGTERM, TERM_GRACE), (signal.SIGKILL, KILL_WAIT)):
+                signal.pidfd_send_signal(self._handle, number)
+                with trio.move_on_after(limit):
+                    await trio.lowlevel.wait_readable(self._handle)
+                    os.waitid(os.P_PIDFD, self._handle, os.WEXITED)
+                    break
+            else:
+                log.error("logging program %s (pid %d) cannot be killed", self._path, self._pid)
+        trio.lowlevel.notify_closing(self._handle)
+        os.close(self._handle)
+        self._handle = -1
+
+
+async def open_logger(target: Target, *, container_id: str, namespace: str) -> Logger:
+    """Start a logging program and wait until it is ready.
+
+    Raises:
+        InvalidArgument: it cannot be run, or a strict one ended without saying that it is ready.
+    """
+    pipes = [_pipe() for _ in range(3)]
+    (out_read, out_write), (err_read, err_write), (ready_read, ready_write) = pipes
+    environment = {"CONTAINER_ID": container_id, "CONTAINER_NAMESPACE": namespace}
+    try:
+        pid = _spawn(target, environment, out_read, err_read, ready_write)
+    except OSError as exc:
+        for pair in pipes:
+            for descriptor in pair:
+                os.close(descriptor)
+        raise InvalidArgument(f"logging program {target.path!r} cannot be run: {exc.strerror}") from exc
+    for descriptor in (out_read, err_read, ready_write):
+        os.close(descriptor)
+    logger = Logger(target, pid, PipeOutput(out_write), PipeOutput(err_write))
+    try:
+        word = await _read_word(ready_read)
+        if target.strict and not word:
+            raise InvalidArgument(f"logging program {target.path!r} ended without saying that it is ready")
+    except BaseException:
+        await logger.end()
+        raise
+    return logger
+
+
+def _pipe() -> tuple[int, int]:
+    """Make a pipe with descriptors that the child's numbers cannot hit."""
+    ends = os.pipe()
+    moved = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, ABOVE) for end in ends]
+    for end in ends:
+        os.close(end)
+    return moved[0], moved[1]
+
+
+def _spawn(target: Target, environment: dict[str, str], stdout: int, stderr: int, ready: int) -> int:
+    null = [(os.POSIX_SPAWN_OPEN, number, "/dev/null", os.O_RDWR, 0) for number in (0, 1, 2)]
+    ours = ((stdout, STDOUT_FD), (stderr, STDERR_FD), (ready, READY_FD))
+    return os.posix_spawn(
+        target.path,
+        [target.path, *target.arguments],
+        environment,
+        file_actions=[*null, *((os.POSIX_SPAWN_DUP2, source, number) for source, number in ours)],
+        setsigdef=[signal.SIGPIPE],  # Python ignores it, and children inherit that
+    )
+
+
+async def _read_word(descriptor: int) -> bytes:
+    """Wait for a byte or the end, as long as it takes: the reference sets no limit either."""
+    os.set_blocking(descriptor, False)
+    try:
+        await trio.lowlevel.wait_readable(descriptor)
+        return os.read(descriptor, 1)
+    finally:
+        trio.lowlevel.notify_closing(descriptor)
+        os.close(descriptor)

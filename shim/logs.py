@@ -1,0 +1,75 @@
+"""Log records as containerd's log wants them: one logrus text line each, never blocking, never fatal.
+
+    time="2006-01-02T15:04:05.000000000Z" level=info msg="text" key=value key2="quoted value"
+
+The reader is containerd. While it is stopped nobody reads, and a slow one leaves the pipe full: a line that
+does not go out at once is dropped, since no pod may wait for its log.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+
+MAX_LINE = 4096  # bytes: linux/limits.h PIPE_BUF, up to which a line reaches the pipe whole or not at all
+LEVELS = {"WARNING": "warning", "ERROR": "error", "CRITICAL": "fatal", "INFO": "info", "DEBUG": "debug"}
+# logrus, TextFormatter.needsQuoting
+BARE = frozenset(
+    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._/@^+"
+)  # logrus needsQuoting
+
+
+def format_line(level: str, message: str, fields: Mapping[str, object], *, at: float) -> bytes:
+    """Return one line; `at` is in seconds since the epoch."""
+    seconds, fraction = divmod(round(at * 1e9), 10**9)
+    moment = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{fraction:09d}Z"
+    words = [f'time="{moment}"', f"level={level}", f"msg={_quote(message)}"]
+    words += [f"{key}={_value(str(value))}" for key, value in fields.items()]
+    line = " ".join(words).encode(errors="backslashreplace")
+    if len(line) >= MAX_LINE:
+        line = line[: MAX_LINE - 5].decode(errors="ignore").encode().rstrip(b'\\"') + b'..."'
+    return line + b"\n"
+
+
+def _value(text: str) -> str:
+    return text if text and BARE.issuperset(text) else _quote(text)
+
+
+def _quote(text: str) -> str:
+    """Quote as Go's strconv.Quote does, for what matters to a reader of lines."""
+    named = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    return '"' + "".join(named.get(c) or (c if c.isprintable() else f"\\u{ord(c):04x}") for c in text) + '"'
+
+
+class FifoHandler(logging.Handler):
+    """Write log records to a non-blocking descriptor, which the caller keeps open."""
+
+    def __init__(self, descriptor: int, fields: Mapping[str, object]) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._fields = fields
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record, or drop it."""
+        try:
+            message = record.getMessage()
+            if record.exc_info:
+                formatted = logging.Formatter().formatException(record.exc_info)
+                message = f"{message}\n{formatted[-3000:]}"  # the end of a traceback says most
+            level = LEVELS.get(record.levelname, "info")
+            os.write(self._descriptor, format_line(level, message, self._fields, at=record.created))
+        except OSError:
+            pass  # nobody reads (EPIPE), or not fast enough (EAGAIN)
+        except Exception:
+            self.handleError(record)
+
+
+def install(descriptor: int, fields: Mapping[str, object], *, debug: bool) -> None:
+    """Send this process's log, its warnings included, to `descriptor`."""
+    logging.captureWarnings(True)  # noqa: FBT003
+    logging.raiseExceptions = False
+    root = logging.getLogger()
+    root.handlers[:] = [FifoHandler(descriptor, fields)]
+    root.setLevel(logging.DEBUG if debug else logging.INFO)

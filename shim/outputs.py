@@ -1,0 +1,234 @@
+"""Where a process's output goes on the host: a fifo, a file, a logging program, or nowhere.
+
+All of them are descriptors of ours that never block the event loop. An output that breaks says so by an
+OSError; whoever copies goes on reading and throws away, because a process must not hang for its reader.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from shim.stdio_uri import Kind, Target
+from vc.errors import InvalidArgument
+
+PIPE_BYTES = 1 << 20  # what any user may ask for: /proc/sys/fs/pipe-max-size
+FIRST_POLL, LAST_POLL = 0.005, 0.1  # seconds
+
+
+class Output(Protocol):
+    """Bytes go in, in order; `ready` comes before the first write."""
+
+    async def ready(self) -> None:
+        """Wait until there is somebody to write to."""
+
+    async def write_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Write everything. Raises OSError if nobody will ever read it."""
+
+    def close(self) -> None:
+        """Give the descriptors back; the reader sees the end. Safe to call twice."""
+
+
+class NullOutput:
+    """Throws everything away."""
+
+    async def ready(self) -> None:
+        """Return at once."""
+        await trio.lowlevel.checkpoint()
+
+    async def write_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Do nothing."""
+        await trio.lowlevel.checkpoint()
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class PipeOutput:
+    """The write end of a pipe."""
+
+    def __init__(self, descriptor: int = -1) -> None:
+        self._write = descriptor
+        if descriptor >= 0:
+            os.set_blocking(descriptor, False)
+            _enlarge(descriptor)
+
+    async def ready(self) -> None:
+        """Return at once: both ends are there."""
+        await trio.lowlevel.checkpoint()
+
+    async def write_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Write everything, waiting while the pipe is full."""
+        await trio.lowlevel.checkpoint()
+        with memoryview(data) as view:
+            sent = 0
+            while sent < len(view):
+                if self._write < 0:
+                    raise OSError(errno.EBADF, "closed meanwhile")
+                try:
+                    sent += os.write(self._write, view[sent:])
+                except BlockingIOError:
+                    try:
+                        await trio.lowlevel.wait_writable(self._write)
+                    except trio.ClosedResourceError:
+                        raise OSError(errno.EBADF, "closed meanwhile") from None
+
+    def close(self) -> None:
+        """Close the write end."""
+        if self._write >= 0:
+            trio.lowlevel.notify_closing(self._write)
+            os.close(self._write)
+            self._write = -1
+
+
+class FifoOutput(PipeOutput):
+    """A named pipe of the client's, which may open its end after we have been asked to write.
+
+    Writing waits for the first reader, so that a short-lived process does not lose its output. From then on a
+    read end of our own keeps the fifo alive: when the client goes away (containerd restarts) there is no
+    EPIPE, the bytes wait in the pipe, then the process blocks, and the next reader goes on without a loss.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path
+        self._read = -1
+        self._closed = False
+        self._open()
+
+    def _open(self) -> bool:
+        """Open both ends if the client is there. Raises OSError if the path is no good."""
+        try:
+            self._write = os.open(self._path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:
+                return False
+            raise
+        self._read = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+        _enlarge(self._write)
+        return True
+
+    async def ready(self) -> None:
+        """Wait for the reader, until it comes or we are cancelled.
+
+        The kernel can only be polled for this (fifo(7): ENXIO), or blocked in by a thread that nothing
+        can cancel.
+        """
+        delay = FIRST_POLL
+        while self._write < 0 and not self._closed and not self._open():
+            await trio.sleep(delay)
+            delay = min(2 * delay, LAST_POLL)
+
+    def close(self) -> None:
+        """Close both ends."""
+        self._closed = True
+        super().close()
+        if self._read >= 0:
+            os.close(self._read)
+            self._read = -1
+
+
+class FileOutput:
+    """A file that is appended to. Its writes go to a thread, for a disk may be slow."""
+
+    def __init__(self, path: str, *, create: bool) -> None:
+        if create:
+            Path(path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | (os.O_CREAT if create else 0)
+        self._descriptor = os.open(path, flags, 0o644)
+
+    async def ready(self) -> None:
+        """Return at once."""
+        await trio.lowlevel.checkpoint()
+
+    async def write_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Append everything."""
+        # Our own descriptor: closing does not wait for a write that hangs.
+        descriptor = os.dup(self._descriptor)
+
+        def write() -> None:
+            try:
+                with memoryview(data) as view:
+                    sent = 0
+                    while sent < len(view):
+                        sent += os.write(descriptor, view[sent:])
+            finally:
+                os.close(descriptor)
+
+        await trio.to_thread.run_sync(write)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class Shared:
+    """One output of several users: it is closed when the last of them has closed it."""
+
+    def __init__(self, output: Output, users: int) -> None:
+        self._output = output
+        self._users = users
+
+    def handle(self) -> Output:
+        """Return one user's view."""
+        return _Handle(self._output, self._release)
+
+    def _release(self) -> None:
+        self._users -= 1
+        if self._users == 0:
+            self._output.close()
+
+
+class _Handle:
+    def __init__(self, output: Output, release: Callable[[], None]) -> None:
+        self._output = output
+        self._release: Callable[[], None] | None = release
+
+    async def ready(self) -> None:
+        await self._output.ready()
+
+    async def write_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._output.write_all(data)
+
+    def close(self) -> None:
+        if self._release is not None:
+            self._release()
+            self._release = None
+
+
+def open_output(name: str, target: Target) -> Output:
+    """Open one output that is not a logging program.
+
+    Raises:
+        InvalidArgument: it cannot be; the text names the path.
+    """
+    try:
+        if target.kind is Kind.NONE:
+            return NullOutput()
+        if target.kind is Kind.FILE:
+            return FileOutput(target.path, create=True)
+        is_fifo = stat.S_ISFIFO(os.stat(target.path).st_mode)
+        if is_fifo:
+            return FifoOutput(target.path)
+        if target.kind is Kind.FIFO:
+            raise InvalidArgument(f"{name} {target.path!r} is no fifo")
+        return FileOutput(target.path, create=False)
+    except OSError as exc:
+        raise InvalidArgument(f"{name} {target.path!r} cannot be opened: {exc.strerror}") from exc
+
+
+def _enlarge(descriptor: int) -> None:
+    """Make a pipe as large as any user may: fewer wake-ups of both sides."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    except OSError:
+        pass  # a limit of the user's pipes, or no pipe: slower, no more

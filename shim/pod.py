@@ -1,0 +1,442 @@
+"""A pod: the sandbox that this process serves and the tasks in it, from the first Create to the last Delete.
+
+The sandbox lives in a task of its own, which holds `open_sandbox` until it is told to end; so it outlives
+the request that made it. What must not stop half-way (start, delete) runs in the pod's nursery, where the
+caller's hanging up cannot cancel it. Create is the exception: nobody would delete what a lost client created.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import trio
+
+from shim import bundle, stdio_uri
+from shim.exits import Exits
+from shim.stdio import ProcessIO
+from shim.tasks import KILLED_STATUS, LOST_STATUS, ProcessRecord, State, Stdio, Task, Tasks
+from vc.config import Config
+from vc.errors import AlreadyExists, GuestGone, InvalidArgument, NotFound, VCError, WrongState
+from vc.oci import spec as oci
+from vc.oci.mounts import shm_bytes, source_of
+from vc.storage.look import look
+from vc.storage.mounts import Mount
+
+if TYPE_CHECKING:
+    from shim.announce import Announcer
+    from vc.container import Container
+    from vc.sandbox import Sandbox, SandboxSpec
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+OpenSandbox = Callable[["SandboxSpec", Config], AbstractAsyncContextManager["Sandbox"]]
+
+SANDBOX_END_WAIT = (
+    5.0  # seconds that a Delete waits for the VM's end; Delete has 10 in all, and it goes on behind
+)
+MAX_RESOLV_CONF = 64 << 10  # characters
+OUTPUT_END_WAIT = 1.0  # seconds for what a killed background process has still written
+# signal(7): 0 only probes; the others are ignored, or stop or continue, by default.
+HARMLESS_SIGNALS = frozenset({0, 17, 18, 19, 20, 21, 22, 23, 28})
+
+
+@dataclass(frozen=True, slots=True)
+class CreateRequest:
+    """A Create, read and checked as far as it can be without the bundle."""
+
+    id: str
+    bundle: str
+    stdio: Stdio
+    rootfs: tuple[Mount, ...]
+    config_path: str | None
+
+
+class Pod:
+    """The tasks of one sandbox. Its methods are the Task API's verbs."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        announcer: Announcer,
+        *,
+        namespace: str,
+        open_sandbox: OpenSandbox,
+        load_config: Callable[[str | None], Config],
+    ) -> None:
+        self.tasks = Tasks()
+        self._nursery = nursery
+        self._announcer = announcer
+        self._namespace = namespace
+        self._open_sandbox = open_sandbox
+        self._load_config = load_config
+        self._exits = Exits(nursery, announcer, self.tasks)
+        self._sandbox: Sandbox | None = None
+        self._sandbox_id = ""
+        self._end_sandbox = trio.Event()
+        self._sandbox_ended = trio.Event()
+        self._sandbox_ended.set()
+
+    # Create
+
+    async def create(self, request: CreateRequest) -> Task:
+        """Make a task, and the sandbox with the first one. On failure nothing of it is left.
+
+        Raises:
+            VCError: why not; the text names the thing.
+        """
+        self.tasks.reserve(request.id)
+        try:
+            spec = oci.read_spec(Path(request.bundle))
+            if not spec.get("process"):
+                raise InvalidArgument(f"{request.bundle}/config.json has no process to run")
+            identity = oci.identify(oci.read_annotations(spec), request.id)
+            plan = stdio_uri.plan(request.stdio)
+            io = ProcessIO(plan, process_id=request.id, namespace=self._namespace)
+            await io.open()
+            try:
+                container = await self._create_container(request, spec, identity, plan)
+            except BaseException:
+                await self._abandon(io)
+                raise
+            return self._add(request, container, io, owns=identity.role is not oci.Role.CONTAINER)
+        finally:
+            self.tasks.release(request.id)
+
+    async def _create_container(
+        self, request: CreateRequest, spec: Mapping[str, Any], identity: oci.Identity, plan: stdio_uri.Plan
+    ) -> Container:
+        sandbox, opened = await self._sandbox_for(request, spec, identity)
+        # containerd's mounts go onto rootfs; without any, the root is there already, wherever it is.
+        root = "rootfs" if request.rootfs else oci.root(spec)[0]
+        try:
+            container = await sandbox.create_container(
+                request.id,
+                spec,
+                rootfs_mounts=request.rootfs,
+                rootfs=Path(request.bundle, root),
+                stdio=plan.request,
+            )
+            bundle.write_file(request.bundle, bundle.INIT_PID, str(sandbox.pid))
+        except BaseException:
+            if opened:
+                await self.end_sandbox(SANDBOX_END_WAIT)
+            raise
+        return container
+
+    async def _sandbox_for(
+        self, request: CreateRequest, spec: Mapping[str, Any], identity: oci.Identity
+    ) -> tuple[Sandbox, bool]:
+        """Return the sandbox that the container belongs to, and whether it was opened for it."""
+        if identity.role is oci.Role.CONTAINER:
+            if self._sandbox is None or identity.sandbox_id != self._sandbox_id:
+                raise NotFound(
+                    f"sandbox {identity.sandbox_id!r} of container {request.id!r} does not run here"
+                )
+            return self._sandbox, False
+        if not self._sandbox_ended.is_set():
+            raise AlreadyExists(
+                f"this shim runs sandbox {self._sandbox_id!r}, so {request.id!r} cannot be another"
+            )
+        config = self._load_config(request.config_path)
+        wanted = sandbox_spec(f"{self._namespace}--{request.id}", spec, config)
+        # Before there is anything that a `delete` after our death would have to find.
+        bundle.write_file(request.bundle, bundle.RUN_DIR, str(config.runtime.run_dir))
+        self._sandbox_id = request.id
+        self._end_sandbox, self._sandbox_ended = trio.Event(), trio.Event()
+        sandbox: Sandbox = await self._nursery.start(self._run_sandbox, wanted, config)
+        return sandbox, True
+
+    def _add(self, request: CreateRequest, container: Container, io: ProcessIO, *, owns: bool) -> Task:
+        pid = self._sandbox.pid if self._sandbox is not None else 0
+        init = ProcessRecord(request.id, "", request.stdio, pid, io, container.init)
+        task = Task(request.id, request.bundle, container, init, owns)
+        self.tasks.add(task)
+        self._announcer.created(task, request.rootfs)
+        self._exits.created(task, init)
+        return task
+
+    async def _abandon(self, io: ProcessIO) -> None:
+        with trio.CancelScope(shield=True):  # closes descriptors; a logging program's end is bounded
+            await io.close()
+            await io.end_logger()
+
+    # The sandbox
+
+    async def _run_sandbox(
+        self, spec: SandboxSpec, config: Config, *, task_status: trio.TaskStatus[Sandbox]
+    ) -> None:
+        """Hold the sandbox until it is to end. Not being able to open it fails the Create."""
+        opened = False
+        try:
+            async with self._open_sandbox(spec, config) as sandbox, trio.open_nursery() as watchers:
+                self._sandbox, opened = sandbox, True
+                self._exits.sandbox_opened()
+                watchers.start_soon(self._watch_vm, sandbox)
+                watchers.start_soon(self._watch_memory, sandbox)
+                task_status.started(sandbox)
+                await self._end_sandbox.wait()
+                self._sandbox = None  # from here on nothing new is created in it
+                watchers.cancel_scope.cancel()
+        except Exception:
+            if not opened:
+                raise
+            log.exception("sandbox %s did not end well", spec.id)
+        finally:
+            self._sandbox = None
+            self._exits.sandbox_over(f"sandbox {spec.id} was ended")
+            self._sandbox_ended.set()
+
+    async def _watch_vm(self, sandbox: Sandbox) -> None:
+        gone = await sandbox.wait_gone()
+        log.error("sandbox %s: the VM died: %s", sandbox.id, gone)
+        self._exits.sandbox_over(str(gone))
+
+    async def _watch_memory(self, sandbox: Sandbox) -> None:
+        while True:
+            try:
+                container_id = await sandbox.wait_oom()
+                task = self.tasks.find(container_id)
+            except NotFound:
+                continue  # deleted meanwhile
+            except VCError as exc:
+                log.debug("sandbox %s: out-of-memory events end: %s", sandbox.id, exc)
+                return
+            task.oom_killed = True
+            self._announcer.out_of_memory(task)
+
+    async def end_sandbox(self, limit: float) -> None:
+        """End the VM and all that belongs to it; wait at most `limit` seconds, also when cancelled."""
+        self._end_sandbox.set()
+        with trio.move_on_after(limit, shield=True):
+            await self._sandbox_ended.wait()
+
+    async def end(self, limit: float) -> None:
+        """End everything, as at a signal: the processes are killed and their exits announced."""
+        await self.end_sandbox(limit)
+        with trio.move_on_after(limit, shield=True):
+            for task in self.tasks:
+                await task.init.exited.wait()
+            for task in self.tasks:
+                await self._close_io(task.init)
+
+    # Start, exec, delete
+
+    async def start(self, task_id: str, exec_id: str) -> ProcessRecord:
+        """Run a created process. If it cannot run, it stays created."""
+        return await self._finish(partial(self._start, task_id, exec_id))
+
+    async def _start(self, task_id: str, exec_id: str) -> ProcessRecord:
+        task = self.tasks.find(task_id)
+        record = task.find(exec_id)
+        async with record.lock:
+            record.expect("started")
+            if exec_id:
+                await self._start_exec(task, record)
+            else:
+                await task.container.start()
+            if record.exit is None:
+                record.state = State.RUNNING
+            self._announcer.started(record)
+            self._nursery.start_soon(record.io.run, record.process)
+            self._exits.watch(task, record)
+        if record.size is not None:
+            await self._resize(record, *record.size)
+        return record
+
+    async def _start_exec(self, task: Task, record: ProcessRecord) -> None:
+        if task.init.state is not State.RUNNING:
+            raise WrongState(
+                f"{task.init.name} is {task.init.state.name.lower()}, so it runs no {record.name}"
+            )
+        await record.io.open()
+        try:
+            await task.container.start_exec(record.exec_id)
+        except BaseException:
+            await self._close_io(record)
+            record.io = record.io.renewed()
+            raise
+
+    async def exec(self, task_id: str, exec_id: str, stdio: Stdio, process: dict[str, Any]) -> None:
+        """Register a further process; Start runs it."""
+        task = self.tasks.find(task_id)
+        task.init.expect("given another process")
+        if exec_id in task.execs:
+            raise AlreadyExists(f"process {exec_id!r} in container {task_id!r} exists")
+        plan = stdio_uri.plan(stdio)
+        made = task.container.exec(exec_id, {**process, "terminal": stdio.terminal}, plan.request)
+        io = ProcessIO(plan, process_id=exec_id, namespace=self._namespace)
+        task.execs[exec_id] = ProcessRecord(task_id, exec_id, stdio, task.pid, io, made)
+        self._announcer.exec_added(task.execs[exec_id])
+
+    async def delete(self, task_id: str, exec_id: str) -> ProcessRecord:
+        """Drop a process that ended or never ran; with init goes the task, and with the last task the VM."""
+        return await self._finish(partial(self._delete, task_id, exec_id))
+
+    async def _delete(self, task_id: str, exec_id: str) -> ProcessRecord:
+        task = self.tasks.find(task_id)
+        record = task.find(exec_id)
+        async with record.lock:
+            # Another Delete may have had the lock.
+            if self.tasks.find(task_id).find(exec_id) is not record:
+                raise NotFound(f"{record.name} was replaced")
+            record.expect("deleted")
+            if exec_id:
+                await self._drop_exec(task, record)
+            else:
+                await self._drop_task(task)
+            self._announcer.deleted(record)
+        return record
+
+    async def _drop_exec(self, task: Task, record: ProcessRecord) -> None:
+        record.end(LOST_STATUS, time.time())  # only has an effect if it never ran: its waiters must not hang
+        await self._close_io(record)
+        del task.execs[record.exec_id]
+        task.container.forget_exec(record.exec_id)
+
+    async def _drop_task(self, task: Task) -> None:
+        task.init.end(KILLED_STATUS, time.time())  # only has an effect if it never ran
+        for record in list(task.execs.values()):
+            record.end(KILLED_STATUS, time.time())
+            await self._close_io(record)
+        try:
+            await task.container.delete()
+        except VCError:
+            # The record goes all the same, or the client could never get rid of it; `delete` comes after us.
+            log.exception("%s was not removed cleanly", task.init.name)
+        with trio.move_on_after(OUTPUT_END_WAIT):
+            await task.init.io.wait_finished()
+        await self._close_io(task.init)
+        self.tasks.remove(task.id)
+        if task.owns_sandbox or not len(self.tasks):
+            await self.end_sandbox(SANDBOX_END_WAIT)
+
+    async def _close_io(self, record: ProcessRecord) -> None:
+        await record.io.close()
+        self._nursery.start_soon(record.io.end_logger)
+
+    # Running processes
+
+    async def kill(self, task_id: str, exec_id: str, signal: int, *, all_processes: bool) -> None:
+        """Deliver a signal. A task that was never started has nothing to deliver it to: it ends."""
+        task = self.tasks.find(task_id)
+        record = task.find(exec_id)
+        if record.state is State.STOPPED and all_processes and not exec_id:
+            return
+        record.expect("killed", task.shown_state(record))
+        if record.state is State.CREATED:
+            async with record.lock:  # a Start that is under way decides first
+                if record.state is State.CREATED:
+                    if signal not in HARMLESS_SIGNALS:
+                        self._exits.end_unstarted(task, record, 128 + signal)
+                    return
+        try:
+            if all_processes and not exec_id:
+                await task.container.signal_all(signal)
+            else:
+                await record.process.signal(signal)
+        except GuestGone:
+            pass  # nothing is left to be killed, and whoever waits is being told
+
+    async def pause(self, task_id: str) -> None:
+        """Freeze a task."""
+        task = self.tasks.find(task_id)
+        task.init.expect("paused")
+        task.init.state = State.PAUSING
+        try:
+            await task.container.pause()
+        except BaseException:
+            self._move(task, State.RUNNING)
+            raise
+        self._move(task, State.PAUSED)
+        self._announcer.paused(task)
+
+    async def resume(self, task_id: str) -> None:
+        """Thaw a task."""
+        task = self.tasks.find(task_id)
+        task.init.expect("resumed")
+        await task.container.resume()
+        self._move(task, State.RUNNING)
+        self._announcer.resumed(task)
+
+    def _move(self, task: Task, state: State) -> None:
+        """Change the state, unless the task ended meanwhile."""
+        if task.init.exit is None:
+            task.init.state = state
+
+    async def update(self, task_id: str, resources: Mapping[str, Any]) -> None:
+        """Change a task's limits."""
+        task = self.tasks.find(task_id)
+        task.init.expect("updated")
+        await task.container.update(resources)
+
+    async def resize(self, task_id: str, exec_id: str, columns: int, rows: int) -> None:
+        """Set the size of a terminal, now or when the process starts."""
+        record = self.tasks.find(task_id).find(exec_id)
+        if not record.stdio.terminal:
+            return
+        if exec_id:
+            record.expect("resized")
+        record.size = (columns, rows)
+        if record.state is not State.CREATED:
+            await record.process.resize(columns=columns, rows=rows)
+
+    async def _resize(self, record: ProcessRecord, columns: int, rows: int) -> None:
+        try:
+            await record.process.resize(columns=columns, rows=rows)
+        except VCError as exc:
+            log.debug("the terminal of %s keeps its size: %s", record.name, exc)
+
+    async def _finish(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do something to its end, even if the caller is cancelled meanwhile."""
+        done = trio.Event()
+        results: list[T] = []
+        errors: list[Exception] = []
+
+        async def run() -> None:
+            try:
+                results.append(await work())
+            except Exception as exc:
+                errors.append(exc)
+            finally:
+                done.set()
+
+        self._nursery.start_soon(run)
+        await done.wait()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+
+def sandbox_spec(sandbox_id: str, spec: Mapping[str, Any], config: Config) -> SandboxSpec:
+    """Return what the sandbox of a container with this spec is to be."""
+    from vc.sandbox import SandboxSpec
+
+    return SandboxSpec(
+        id=sandbox_id,
+        hostname=str(spec.get("hostname", "")),
+        netns=oci.namespace(spec, "network"),
+        dns=_lines_of(source_of(spec, "/etc/resolv.conf")),
+        shm_bytes=shm_bytes(spec, look),
+        config_path=str(config.source),
+        annotations=oci.read_annotations(spec),
+    )
+
+
+def _lines_of(path: str | None) -> tuple[str, ...]:
+    """Return the lines of the pod's resolv.conf; a file that cannot be read has none."""
+    if path is None:
+        return ()
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return tuple(file.read(MAX_RESOLV_CONF).splitlines())
+    except OSError as exc:
+        log.warning("the pod gets no name servers: %s", exc)
+        return ()

@@ -1,0 +1,168 @@
+"""The serving process: what runs in it, and in which order it ends.
+
+    publisher                     ends last, so that the last events still leave
+      tasks of the pod            sandbox, stdio copies, exit watches
+        RPC server, signals, idle watch
+
+It ends when Shutdown finds no task, at SIGTERM or SIGINT, or when nobody has wanted anything of it for a
+while. That containerd goes away ends nothing: it comes back and finds the pods as they were.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import math
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+
+import trio
+
+from protos.containerd import task_v2_pb2, task_v3_pb2
+from shim import address, errors, logs
+from shim.announce import Announcer
+from shim.args import Args
+from shim.events import Publisher
+from shim.metrics import host_is_unified
+from shim.pod import OpenSandbox, Pod
+from shim.service import TaskService
+from ttrpc.server import PeerCredentials, Server, peer_credentials
+from vc.config import Config
+
+log = logging.getLogger(__name__)
+
+EVENTS_LIMIT = 2.5  # seconds for the last events
+END_LIMIT = 10.0  # seconds for the sandbox's end at a signal
+IDLE_LIMIT = (
+    300.0  # seconds without task and connection: whoever started us has gone before it made use of us
+)
+
+
+def main(args: Args, *, path: str, listener: int, events: str, notes: Sequence[str]) -> int:
+    """Serve until the end. Descriptor 2 is containerd's log by now; `path` is the listening socket's."""
+    logs.install(
+        2, {"runtime": "io.containerd.kata.v2", "id": args.id, "namespace": args.namespace}, debug=args.debug
+    )
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+    for note in notes:
+        log.warning("%s", note)
+    try:
+        trio.run(serve, args, path, listener, events)
+    except BaseException:
+        log.exception("the shim of %s ends by an error", args.id)
+        return 1
+    finally:
+        address.remove(path)
+    return 0
+
+
+async def serve(args: Args, path: str, listener: int, events: str) -> None:
+    """Serve with the real library below."""
+    from vc.config import load
+    from vc.sandbox import open_sandbox
+
+    sock = trio.socket.from_stdlib_socket(socket.socket(fileno=listener))
+    await run(
+        trio.SocketListener(sock),
+        namespace=args.namespace,
+        publisher=Publisher(events, args.namespace),
+        open_sandbox=open_sandbox,
+        load_config=load,
+        leaving=lambda: address.remove(path),
+    )
+
+
+async def run(
+    listener: trio.SocketListener,
+    *,
+    namespace: str,
+    publisher: Publisher,
+    open_sandbox: OpenSandbox,
+    load_config: Callable[[str | None], Config],
+    leaving: Callable[[], None],
+) -> None:
+    """Serve on `listener`; `leaving` is called as soon as nobody shall find us any more."""
+    stop = trio.Event()
+    async with trio.open_nursery() as outer:
+        outer.start_soon(publisher.run)
+        async with trio.open_nursery() as nursery:
+            pod = Pod(
+                nursery,
+                Announcer(publisher),
+                namespace=namespace,
+                open_sandbox=open_sandbox,
+                load_config=load_config,
+            )
+            service = TaskService(pod, unified_cgroups=host_is_unified(), stop=stop.set)
+            server = Server(status_of=errors.status_of)
+            for module in (task_v2_pb2, task_v3_pb2):
+                server.add_service(module.DESCRIPTOR.services_by_name["Task"], service)
+            connections = Connections(server, lambda: bool(len(pod.tasks)) or pod.tasks.creating)
+            await nursery.start(trio.serve_listeners, connections.serve, [listener])
+            nursery.start_soon(connections.watch_idle, stop)
+            await nursery.start(_watch_signals, stop)
+            await stop.wait()
+            leaving()
+            await pod.end(END_LIMIT)
+            nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):  # bounded by drain
+            await publisher.drain(EVENTS_LIMIT)
+        outer.cancel_scope.cancel()
+
+
+class Connections:
+    """containerd's connections, one for each task id; closing one says nothing about the others."""
+
+    def __init__(self, server: Server, busy: Callable[[], bool]) -> None:
+        self._server = server
+        self._busy = busy
+        self._count = 0
+        self._idle = trio.CancelScope(deadline=math.inf)
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """Serve one connection to its end."""
+        self._count += 1
+        self._note_idle()
+        try:
+            if is_same_user(peer_credentials(stream)):
+                await self._server.serve_stream(stream)
+            else:
+                log.warning("a connection of another user was refused")
+                await trio.aclose_forcefully(stream)
+        except Exception:
+            log.exception(
+                "a connection ended by an error"
+            )  # one connection's: the others must not pay for it
+        finally:
+            self._count -= 1
+            self._note_idle()
+
+    def _note_idle(self) -> None:
+        wanted = self._count > 0 or self._busy()
+        self._idle.deadline = math.inf if wanted else trio.current_time() + IDLE_LIMIT
+
+    async def watch_idle(self, stop: trio.Event) -> None:
+        """Stop the process when there has been neither task nor connection for IDLE_LIMIT.
+
+        So a server is not left behind for ever by a containerd that died between its `start` and the Create.
+        """
+        self._note_idle()
+        with self._idle:
+            await trio.sleep_forever()
+        log.warning("nobody wanted anything for %d s: the shim ends", IDLE_LIMIT)
+        stop.set()
+
+
+def is_same_user(peer: PeerCredentials) -> bool:
+    """Say whether a peer may connect: containerd runs as the user that we run as."""
+    return (peer.uid, peer.gid) == (os.geteuid(), os.getegid())
+
+
+async def _watch_signals(stop: trio.Event, *, task_status: trio.TaskStatus[None]) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+        task_status.started()
+        async for number in received:
+            log.warning("%s: the pod and its shim end", signal.Signals(number).name)
+            stop.set()

@@ -1,0 +1,167 @@
+"""`start`: make sure that the pod has a serving process, and print its address.
+
+This is on the path of every pod, so the order is: listen, fork, print, exit; everything heavy is imported by
+the fork while containerd already dials the socket. containerd takes all of stdout and stderr up to their end
+for the address, so nothing else may ever be written there, and the server must not keep either open.
+
+Undo is in reverse order: whatever fails, no process, no socket and no file of ours is left.
+"""
+
+# pathlib costs 9 ms
+# ruff: noqa: PTH109
+
+import os
+import signal
+import stat
+
+from shim import address, bootstrap, bundle
+from shim.args import Args
+
+READY = b"ready"
+OOM_SCORE_MIN, OOM_SCORE_MAX = -1000, 1000  # linux/oom.h
+
+
+def start(args: Args) -> str:
+    """Return the address of the pod's server, started if need be. The fork never returns from here.
+
+    Raises:
+        OSError, AddressError, BundleError, StartError: there is no server; the text says why.
+    """
+    directory = os.getcwd()
+    given = bootstrap.parse_untrusted(_read_stdin(), task_id=args.id, namespace=args.namespace)
+    group = bundle.read_group(directory, args.id)
+    path = args.socket or address.socket_path(
+        args.address, args.namespace, group.sandbox_id, given.socket_dir.removeprefix("unix://")
+    )
+    if group.kind == bundle.CONTAINER:
+        if not address.answers(path):
+            raise StartError(
+                f"sandbox {group.sandbox_id!r} of container {args.id!r} has no running shim at {path}:"
+                " the pod has ended, so it must be created again"
+            )
+        return address.write_address(directory, path)
+    args.debug = args.debug or given.debug
+    return _start_server(args, directory, path, os.environ.get("TTRPC_ADDRESS", "") or given.ttrpc_address)
+
+
+class StartError(Exception):
+    """The serving process cannot be reached or could not come up; the text is for the user."""
+
+
+def _read_stdin() -> bytes:
+    """Read all of standard input, but never wait for a human."""
+    try:
+        if os.isatty(0) or stat.S_ISCHR(os.fstat(0).st_mode):
+            return b""
+        with open(0, "rb", closefd=False) as file:
+            return file.read(bootstrap.MAX_INPUT)
+    except OSError:
+        return b""
+
+
+def _start_server(args: Args, directory: str, path: str, ttrpc_address: str) -> str:
+    sock = address.listen(path)
+    if sock is None:
+        return address.write_address(directory, path)
+    pid = 0
+    try:
+        reader, writer = os.pipe()
+        containerd = os.getppid()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reader)
+            _become_server(args, directory, path, sock.detach(), writer, containerd, ttrpc_address)
+        os.close(writer)
+        with open(reader, "rb") as file:
+            answer = file.read()
+        if answer != READY:
+            raise StartError(f"the serving process did not come up: {answer.decode(errors='replace')}")
+        bundle.write_file(directory, bundle.SHIM_PID, str(pid))
+        return address.write_address(directory, path)
+    except BaseException:
+        if pid > 0:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        for name in (bundle.SHIM_PID, "address"):
+            address.remove(f"{directory}/{name}")
+        address.remove(path)
+        raise
+
+
+def _become_server(
+    args: Args, directory: str, path: str, listener: int, ready: int, containerd: int, ttrpc_address: str
+) -> None:
+    """Cut every tie to `start`, say that it is done, and serve; ends the process."""
+    status = 1
+    try:
+        notes = _detach(directory, containerd, keep=(listener, ready))
+        os.write(ready, READY)
+        os.close(ready)
+        ready = -1
+        from shim import serve
+
+        status = serve.main(args, path=path, listener=listener, events=ttrpc_address, notes=notes)
+    except BaseException as exc:
+        if ready >= 0:
+            os.write(ready, f"{type(exc).__name__}: {exc}".encode())
+        else:
+            address.remove(path)
+            import traceback
+
+            traceback.print_exc()  # into containerd's log, which descriptor 2 is by now
+    finally:
+        os._exit(status)
+
+
+def _detach(directory: str, containerd: int, keep: tuple[int, int]) -> list[str]:
+    """Become a daemon in a mount namespace of its own; return what did not work and can be done without."""
+    from shim import kernel
+
+    notes = []
+    os.setsid()
+    for step in (kernel.own_mount_namespace, kernel.become_subreaper, lambda: _set_oom_score(containerd)):
+        try:
+            step()
+        except OSError as exc:
+            notes.append(f"serving process: {exc}")
+    null = os.open("/dev/null", os.O_RDWR)
+    log = _open_log(directory, null)
+    for source, target in ((null, 0), (null, 1), (log, 2)):
+        os.dup2(source, target)
+    # The bundle is renamed and removed while the server still runs: nothing may be relative to it.
+    os.chdir("/")
+    # One more copy of the pipe that containerd reads the address from, and it would wait for our end.
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        if int(name) > 2 and int(name) not in keep:
+            try:
+                os.close(int(name))
+            except OSError:
+                pass  # the one that listed the directory
+    return notes
+
+
+def _open_log(directory: str, null: int) -> int:
+    """Open containerd's log. It reads that end before it runs us; where nobody does, there is no log."""
+    try:
+        log = os.open(f"{directory}/log", os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return null
+    if log > 2:
+        return log
+    return null  # standard descriptors were closed: do not build on that
+
+
+def _set_oom_score(containerd: int) -> None:
+    """Be killed a little earlier than containerd, and far later than the pods."""
+    with open(f"/proc/{containerd}/oom_score_adj", encoding="ascii") as file:
+        score = int(file.read())
+    score = max(OOM_SCORE_MIN, min(OOM_SCORE_MAX, score + 1))
+    with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write(str(score))
+
+
+def main(args: Args) -> int:
+    """Print the address and nothing else, without a newline: some daemons do not trim it."""
+    text = start(args)
+    os.write(1, text.encode())
+    return 0

@@ -6,7 +6,7 @@ would look like success.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import pytest
 
@@ -14,9 +14,9 @@ REQUIRE_ALL = os.environ.get("KATA_REQUIRE_ALL") == "1"
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if REQUIRE_ALL and report.skipped and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
-        report.longrepr = f"skipped although KATA_REQUIRE_ALL=1: {report.longrepr[2]}"
+        report.longrepr = f"skipped although KATA_REQUIRE_ALL=1: {report.longreprtext}"
     return report

@@ -1,0 +1,112 @@
+"""End to end: the real containerd with its own client, and whatever the runtime starts below it.
+
+The fixtures form a ladder: `containerd` (one daemon for all tests), `events` (its recorder), `shared` (one
+container that runs all the time, for whatever needs no container of its own: booting is what costs time).
+"""
+
+import os
+import shutil
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from tests.harness import leaks, runtimes
+from tests.harness.containerd import Containerd
+from tests.harness.events import Recorder
+from tests.harness.runtimes import Runtime
+
+HERE = Path(__file__).parent
+LOG_LIMIT = 12_000  # bytes of log that a failure shows
+
+log_key = pytest.StashKey[tuple[Containerd, int]]()
+
+
+class MakeContainerd(Protocol):
+    """Makes a containerd beside the one that all tests share."""
+
+    def __call__(self) -> Containerd: ...
+
+
+class NoLeaks(Protocol):
+    """Makes a block after which the host must be as it was before."""
+
+    def __call__(self) -> AbstractContextManager[None]: ...
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.e2e)
+
+
+@pytest.fixture(scope="session")
+def make_containerd() -> MakeContainerd:
+    if os.geteuid() != 0:
+        pytest.skip("needs root: containerd and its shims mount")
+    missing = [name for name in ("containerd", "ctr") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    chosen = os.environ.get("KATA_E2E_RUNTIME", "kata")
+
+    def runtime(directory: Path) -> Runtime:
+        return runtimes.runc() if chosen == "runc" else runtimes.kata(directory)
+
+    return lambda: Containerd(runtime)
+
+
+@pytest.fixture(scope="session")
+def containerd(make_containerd: MakeContainerd) -> Iterator[Containerd]:
+    with make_containerd() as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def vm_runtime(containerd: Containerd) -> Runtime:
+    """The runtime, for tests of what only a runtime with VMs has."""
+    if not containerd.runtime.is_vm:
+        pytest.skip(f"{containerd.runtime.name} has no VM")
+    return containerd.runtime
+
+
+@pytest.fixture(scope="session")
+def events(containerd: Containerd) -> Iterator[Recorder]:
+    with Recorder(containerd) as recorder:
+        yield recorder
+
+
+@pytest.fixture(scope="session")
+def shared(containerd: Containerd) -> Iterator[str]:
+    with containerd.running() as container:
+        yield container
+
+
+@pytest.fixture
+def no_leaks(containerd: Containerd) -> NoLeaks:
+    @contextmanager
+    def block() -> Iterator[None]:
+        before = leaks.snapshot(containerd)
+        yield
+        left = leaks.left_over(containerd, before)
+        assert not left, "left behind:\n" + "\n".join(left)
+
+    return block
+
+
+@pytest.fixture(autouse=True)
+def _log_position(request: pytest.FixtureRequest) -> None:
+    """Remember where the log stood, so that a failure shows what containerd and the shims said since."""
+    if "containerd" in request.fixturenames:
+        daemon: Containerd = request.getfixturevalue("containerd")
+        request.node.stash[log_key] = (daemon, daemon.log_size())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed and log_key in item.stash:
+        daemon, offset = item.stash[log_key]
+        report.sections.append(("log of containerd and the shims", daemon.log_since(offset, LOG_LIMIT)))
+    return report

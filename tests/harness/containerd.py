@@ -1,0 +1,319 @@
+"""A containerd of our own, and its client.
+
+Everything it makes lies in one temporary directory, under one random containerd namespace, and every process
+below it carries the directory in its environment. So two harnesses, or one beside the machine's own
+containerd, never meet, what is left over can be told from what is not ours, and the end kills nothing else.
+"""
+
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from tests.harness.image import IMAGE, build_image
+from tests.harness.processes import MARK, kill, processes_of
+from tests.harness.runtimes import Runtime
+
+# A machine that emulates its guests needs some seconds for a boot: a minute is a hang.
+TIMEOUT = 60.0
+STOP_TIMEOUT = 15.0
+
+CONFIG = """\
+version = 2
+root = "{directory}/root"
+state = "{directory}/state"
+disabled_plugins = [
+  "io.containerd.grpc.v1.cri",
+  "io.containerd.snapshotter.v1.aufs",
+  "io.containerd.snapshotter.v1.btrfs",
+  "io.containerd.snapshotter.v1.devmapper",
+  "io.containerd.snapshotter.v1.zfs",
+]
+[grpc]
+  address = "{directory}/containerd.sock"
+[debug]
+  level = "{level}"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{directory}/opt"
+"""
+
+
+class HarnessError(Exception):
+    """A command did not do what the test needs; the text holds its output and the end of containerd's log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a command ended."""
+
+    argv: Sequence[str]
+    exit_status: int
+    stdout: bytes
+    stderr: bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{' '.join(self.argv)}\nexit status {self.exit_status}\n"
+            f"stdout: {self.stdout[-4000:]!r}\nstderr: {self.stderr[-4000:]!r}"
+        )
+
+
+class Containerd:
+    """A running containerd with the busybox image; use it as a context manager."""
+
+    def __init__(self, runtime: Callable[[Path], Runtime], *, level: str = "debug") -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="kata-"))
+        self.namespace = f"t-{secrets.token_hex(4)}"
+        self.runtime = runtime(self.directory)
+        self.log_path = self.directory / "containerd.log"
+        self.ids: list[str] = []  # of all containers that were ever asked for
+        self._level = level
+        self._daemon: subprocess.Popen[bytes] | None = None
+        self._snapshotter = "overlayfs"
+
+    def __enter__(self) -> "Containerd":
+        try:
+            for name in ("fifo", "tmp"):
+                (self.directory / name).mkdir()
+            config = CONFIG.format(directory=self.directory, level=self._level)
+            (self.directory / "config.toml").write_text(config)
+            self.start_daemon()
+            self._snapshotter = self._pick_snapshotter()
+            archive = self.directory / "tmp" / "image.tar"
+            build_image(archive)
+            self.ctr("image", "import", str(archive))
+            archive.unlink()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def address(self) -> str:
+        return f"{self.directory}/containerd.sock"
+
+    @property
+    def daemon_pid(self) -> int:
+        assert self._daemon is not None
+        return self._daemon.pid
+
+    @property
+    def environ(self) -> Mapping[str, str]:
+        """The environment of the daemon and of its clients."""
+        return {
+            **{name: value for name, value in os.environ.items() if not name.startswith("KATA_")},
+            **self.runtime.environ,
+            MARK: str(self.directory),
+            "TMPDIR": f"{self.directory}/tmp",
+            "CONTAINERD_ADDRESS": self.address,
+            "CONTAINERD_NAMESPACE": self.namespace,
+            "CONTAINERD_SNAPSHOTTER": self._snapshotter,
+        }
+
+    def start_daemon(self) -> None:
+        """Start the daemon, again after stop_daemon(), and return when it answers."""
+        with self.log_path.open("ab") as log:
+            self._daemon = subprocess.Popen(
+                ["containerd", "--config", f"{self.directory}/config.toml"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environ,
+                cwd=self.directory,
+                start_new_session=True,
+            )
+        self.ctr("version")  # the client itself waits for the socket
+
+    def stop_daemon(self) -> None:
+        """End the daemon alone: shims and their containers live on."""
+        if self._daemon is None:
+            return
+        self._daemon.terminate()
+        try:
+            self._daemon.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._daemon.kill()
+            self._daemon.wait()
+        self._daemon = None
+
+    def close(self) -> None:
+        """End everything below this harness and remove its directory. Safe to call twice."""
+        with suppress(HarnessError, OSError):
+            self.remove_all()
+        self.stop_daemon()
+        for process in list(processes_of(self.directory)):
+            kill(process)
+        self._unmount_all()
+        self._remove_cgroups()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def log_size(self) -> int:
+        return self.log_path.stat().st_size if self.log_path.exists() else 0
+
+    def log_since(self, offset: int, limit: int = 30_000) -> str:
+        """Return the log of containerd and of the shims from `offset` on, its end if it is too long."""
+        if not self.log_path.exists():
+            return ""
+        with self.log_path.open("rb") as log:
+            log.seek(max(offset, self.log_size() - limit))
+            return log.read().decode(errors="replace")
+
+    # The client.
+
+    def popen(
+        self, *args: str, stdin: int | IO[bytes] | None = subprocess.DEVNULL, stdout: int = subprocess.PIPE
+    ) -> subprocess.Popen[bytes]:
+        """Start `ctr ARGS`; the caller waits for it."""
+        return subprocess.Popen(
+            ["ctr", *args], stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, env=self.environ
+        )
+
+    def ctr(
+        self, *args: str, stdin: bytes | None = None, timeout: float = TIMEOUT, check: bool = True
+    ) -> Result:
+        """Run `ctr ARGS` to its end.
+
+        Raises:
+            HarnessError: it did not end in time, or failed although `check`.
+
+        """
+        client = self.popen(*args, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE)
+        try:
+            stdout, stderr = client.communicate(stdin, timeout)
+        except subprocess.TimeoutExpired:
+            mine = "\n".join(map(str, processes_of(self.directory)))
+            client.kill()
+            stdout, stderr = client.communicate()
+            result = Result(["ctr", *args], client.returncode, stdout, stderr)
+            raise HarnessError(
+                f"no end after {timeout} s:\n{result}\nprocesses:\n{mine}\n{self.log_since(0, 3000)}"
+            ) from None
+        result = Result(["ctr", *args], client.returncode, stdout, stderr)
+        if check and result.exit_status != 0:
+            raise HarnessError(f"{result}\n{self.log_since(0, 3000)}")
+        return result
+
+    def new_id(self, prefix: str = "c") -> str:
+        container = f"{prefix}-{secrets.token_hex(4)}"
+        self.ids.append(container)
+        return container
+
+    def run_arguments(self, *command: str, container: str, flags: Sequence[str] = ()) -> list[str]:
+        """Return the arguments of `ctr run` for the image."""
+        fixed = ["run", "--runtime", self.runtime.name, "--fifo-dir", f"{self.directory}/fifo"]
+        return [*fixed, *flags, IMAGE, container, *command]
+
+    def run(
+        self,
+        *command: str,
+        container: str | None = None,
+        flags: Sequence[str] = (),
+        stdin: bytes | None = None,
+        timeout: float = TIMEOUT,
+    ) -> Result:
+        """Run a container to its end and remove it, whatever its exit status."""
+        container = container or self.new_id()
+        arguments = self.run_arguments(*command, container=container, flags=["--rm", *flags])
+        return self.ctr(*arguments, stdin=stdin, timeout=timeout, check=False)
+
+    @contextmanager
+    def running(self, *command: str, flags: Sequence[str] = ()) -> Iterator[str]:
+        """Start a container in the background, by default one that sleeps; yield its id; remove it."""
+        container = self.new_id("bg")
+        # Its init process must die of SIGTERM like any other, which sleep as pid 1 would ignore.
+        command = command or ("sh", "-c", "trap 'exit 143' TERM; while :; do sleep 1000 & wait $!; done")
+        try:
+            self.ctr(*self.run_arguments(*command, container=container, flags=["--detach", *flags]))
+            yield container
+        finally:
+            self.remove(container)
+
+    def exec_arguments(self, container: str, *command: str, flags: Sequence[str] = ()) -> list[str]:
+        fixed = ["task", "exec", "--fifo-dir", f"{self.directory}/fifo"]
+        if "--exec-id" not in flags:
+            fixed += ["--exec-id", f"e-{secrets.token_hex(6)}"]
+        return [*fixed, *flags, container, *command]
+
+    def exec(
+        self,
+        container: str,
+        *command: str,
+        flags: Sequence[str] = (),
+        stdin: bytes | None = None,
+        timeout: float = TIMEOUT,
+    ) -> Result:
+        """Run a process in a running container to its end, whatever its exit status."""
+        arguments = self.exec_arguments(container, *command, flags=flags)
+        return self.ctr(*arguments, stdin=stdin, timeout=timeout, check=False)
+
+    def task_status(self, container: str) -> str | None:
+        """Return RUNNING, STOPPED, PAUSED and so on, or None if there is no such task."""
+        for line in self.ctr("task", "ls").stdout.decode().splitlines()[1:]:
+            name, _pid, status = line.split()
+            if name == container:
+                return status
+        return None
+
+    def task_pid(self, container: str) -> int:
+        for line in self.ctr("task", "ls").stdout.decode().splitlines()[1:]:
+            name, pid, _status = line.split()
+            if name == container:
+                return int(pid)
+        raise HarnessError(f"no task {container!r}")
+
+    def delete_task(self, container: str, *flags: str) -> int:
+        """Delete the task, which must succeed; return the exit status that it had."""
+        warning = self.ctr("task", "rm", *flags, container).stderr.decode()
+        match = re.search(r"non-zero exit code (\d+)", warning)  # `ctr` tells it in no other way
+        return int(match[1]) if match else 0
+
+    def remove(self, container: str) -> None:
+        """Kill and delete a container, in whatever state it is."""
+        self.ctr("task", "rm", "--force", container, check=False)
+        self.ctr("container", "rm", container, check=False)
+
+    def remove_all(self) -> None:
+        if self._daemon is None or self._daemon.poll() is not None:
+            return
+        for container in self.ctr("container", "ls", "--quiet", timeout=5.0).stdout.decode().split():
+            self.ctr("task", "rm", "--force", container, check=False, timeout=10.0)
+            self.ctr("container", "rm", container, check=False, timeout=5.0)
+
+    def _pick_snapshotter(self) -> str:
+        """Overlayfs needs a file system under it that can carry one; the native snapshotter runs anywhere."""
+        for line in self.ctr("plugins", "ls").stdout.decode().splitlines():
+            if line.split()[1:2] == ["overlayfs"] and line.split()[-1] == "ok":
+                return "overlayfs"
+        return "native"
+
+    def _unmount_all(self) -> None:
+        with open("/proc/self/mountinfo", encoding="utf-8") as mounts:
+            targets = [line.split()[4] for line in mounts]
+        for target in reversed([name for name in targets if name.startswith(f"{self.directory}/")]):
+            subprocess.run(["umount", "--lazy", target], check=False, capture_output=True)
+
+    def _remove_cgroups(self) -> None:
+        for group in cgroups_of(self.namespace):
+            with suppress(OSError):
+                group.rmdir()
+
+
+def cgroups_of(namespace: str) -> list[Path]:
+    """Return the control groups of a containerd namespace, the deepest first."""
+    found = []
+    for directory, names, _ in os.walk("/sys/fs/cgroup", topdown=False):
+        found += [Path(directory, name) for name in names if namespace in f"{directory}/{name}"]
+    return found

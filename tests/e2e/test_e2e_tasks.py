@@ -35,29 +35,30 @@ def test_metrics_are_those_of_the_container(containerd: Containerd, shared: str)
     assert cpu > 0
 
 
+Ticking = tuple[str, subprocess.Popen[bytes]]
+
+
 @pytest.fixture
-def ticking(containerd: Containerd) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def ticking(containerd: Containerd) -> Iterator[Ticking]:
     """A container that keeps writing, and the client that its output is read from."""
     container = containerd.new_id()
     script = "while :; do echo tick; sleep 0.05; done"
     client = containerd.popen(*containerd.run_arguments("sh", "-c", script, container=container))
     assert client.stdout is not None
     try:
+        assert os.read(client.stdout.fileno(), 5) == b"tick\n"
         yield container, client
     finally:
         containerd.remove(container)
-        if client.poll() is None:
+        if client.returncode is None:
             client.communicate(timeout=TIMEOUT)
-        client.stdout.close()
+        client.__exit__(None, None, None)  # closes the pipes
 
 
-def test_a_paused_container_stands_still(
-    containerd: Containerd, events: Recorder, ticking: tuple[str, subprocess.Popen[bytes]]
-) -> None:
+def test_a_paused_container_stands_still(containerd: Containerd, events: Recorder, ticking: Ticking) -> None:
     container, client = ticking
     assert client.stdout is not None
     output = client.stdout.fileno()
-    assert os.read(output, 1)
     containerd.ctr("task", "pause", container)
     assert containerd.task_status(container) == "PAUSED"
     while select.select([output], [], [], QUIET)[0]:  # what was written before; ends only if it stands still
@@ -73,12 +74,8 @@ def test_a_paused_container_stands_still(
     assert events.topics(container)[-2:] == ["paused", "resumed"]
 
 
-def test_a_paused_container_can_be_killed(
-    containerd: Containerd, ticking: tuple[str, subprocess.Popen[bytes]]
-) -> None:
+def test_a_paused_container_can_be_killed(containerd: Containerd, ticking: Ticking) -> None:
     container, client = ticking
-    assert client.stdout is not None
-    assert client.stdout.readline() == b"tick\n"
     containerd.ctr("task", "pause", container)
     containerd.ctr("task", "kill", "--signal", "SIGKILL", container)
     client.communicate(timeout=TIMEOUT)

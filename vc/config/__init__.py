@@ -3,6 +3,7 @@
 Imported by the shim at each pod start, so nothing here imports what only an error needs.
 """
 
+from vc.config.annotations import apply_annotations
 from vc.config.load import DEFAULT_PATHS, find, load, missing_files
 from vc.config.schema import AgentConfig, Config, FactoryConfig, HypervisorConfig, Key, RuntimeConfig, keys
 
@@ -14,6 +15,7 @@ __all__ = [
     "HypervisorConfig",
     "Key",
     "RuntimeConfig",
+    "apply_annotations",
     "find",
     "keys",
     "load",

@@ -92,7 +92,7 @@ class Boolean(Kind[bool]):
     def parse_text(self, text: str) -> bool:
         """Take a word for true or false."""
         if text not in self._WORDS:
-            raise Refused("Please specify boolean value 'true|false'")
+            raise Refused(f"Please specify boolean value 'true|false', not {describe(text)}")
         return self._WORDS[text]
 
 
@@ -115,7 +115,7 @@ class Integer(Kind[int]):
     def parse_text(self, text: str) -> int:
         """Take an unsigned decimal number."""
         if not re.fullmatch(r"[0-9]{1,19}", text):
-            raise Refused("Please specify positive numeric value")
+            raise Refused(f"Please specify positive numeric value, not {describe(text)}")
         return self.parse(int(text))
 
 
@@ -140,7 +140,7 @@ class Number(Kind[float]):
     def parse_text(self, text: str) -> float:
         """Take a decimal number without sign or exponent."""
         if not re.fullmatch(r"[0-9]{1,19}(\.[0-9]{1,19})?", text):
-            raise Refused("Please specify positive numeric value")
+            raise Refused(f"Please specify positive numeric value, not {describe(text)}")
         return self.parse(float(text))
 
 
@@ -170,7 +170,8 @@ class Choice(Kind[str]):
     def __init__(self, *choices: str, aliases: Mapping[str, str] | None = None) -> None:
         self.choices = choices
         self.aliases = dict(aliases or {})
-        self.allowed = "one of " + ", ".join(f'"{choice}"' for choice in (*choices, *self.aliases))
+        words = ", ".join(f'"{choice}"' for choice in (*choices, *self.aliases))
+        self.allowed = f"one of {words}" if words else "absent, for nothing is supported"
 
     def parse(self, value: object) -> str:
         """Take one of the words."""
@@ -215,7 +216,7 @@ class Words(Kind[tuple[str, ...]]):
         try:
             return self.parse(json.loads(text))
         except (ValueError, RecursionError):
-            raise Refused("Please specify a JSON list of strings") from None
+            raise Refused(f"Please specify a JSON list of strings, not {describe(text)}") from None
 
     def format(self, value: tuple[str, ...]) -> object:
         """Return a list."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
@@ -89,16 +89,16 @@ def load(
     return config
 
 
-def find(explicit: str | None, environ: Mapping[str, str]) -> Path:
+def find(explicit: str | None, environ: Mapping[str, str], defaults: Sequence[Path] = DEFAULT_PATHS) -> Path:
     """Return the file to read, symbolic links resolved. Raises: InvalidArgument."""
     if explicit:
         return _resolve(explicit, "the runtime option ConfigPath")
     if named := environ.get(PATH_VARIABLE):
         return _resolve(named, f"the environment variable {PATH_VARIABLE}")
-    for path in DEFAULT_PATHS:
+    for path in defaults:
         if path.exists():
             return _resolve(str(path), "the default places")
-    tried = ", ".join(map(str, DEFAULT_PATHS))
+    tried = ", ".join(map(str, defaults))
     raise InvalidArgument(
         f"Cannot find usable config file ({tried}): create one of them, or name yours by {PATH_VARIABLE}"
     )
@@ -148,7 +148,7 @@ def _merge(loading: _Loading, path: Path) -> None:
     for top, table in _parse(path).items():
         if not isinstance(table, dict):
             loading.problems.append(
-                f"{path}: {_brief(top)} is {type_name(table)}, and keys belong into a table"
+                f"{path}: {brief(top)} is {type_name(table)}, and keys belong into a table"
             )
         elif top in ("hypervisor", "agent", "proxy", "shim"):
             for name, inner in table.items():
@@ -157,7 +157,7 @@ def _merge(loading: _Loading, path: Path) -> None:
                 else:
                     hint = "qemu" if top == "hypervisor" else "kata"
                     loading.problems.append(
-                        f"{path}: {top}.{_brief(name)} belongs into the table [{top}.{hint}]"
+                        f"{path}: {top}.{brief(name)} belongs into the table [{top}.{hint}]"
                     )
         else:
             _merge_table(loading, path, top, table)
@@ -174,10 +174,10 @@ def _merge_table(loading: _Loading, path: Path, section: str, table: dict[str, A
         name = section.removeprefix("hypervisor.")
         why = "is not supported" if name in KATA_HYPERVISORS else "is not a hypervisor"
         loading.problems.append(
-            f"{path}: invalid hypervisor prefix: [{_brief(section)}] {why}, allowed: {', '.join(HYPERVISORS)}"
+            f"{path}: invalid hypervisor prefix: [{brief(section)}] {why}, allowed: {', '.join(HYPERVISORS)}"
         )
     else:
-        loading.problems.append(f"{path}: unknown table [{_brief(section)}]{_did_you_mean(section, known)}")
+        loading.problems.append(f"{path}: unknown table [{brief(section)}]{_did_you_mean(section, known)}")
 
 
 def _build(loading: _Loading, source: Path) -> Config:
@@ -218,7 +218,7 @@ def _section(loading: _Loading, source: Path, section: str, cls: type[T]) -> T:
 def _unknown(loading: _Loading, section: str, name: str, setting: Setting, known: Mapping[str, Key]) -> None:
     """Judge a key that does nothing here: fine, worth a warning, or a mistake."""
     ignored = IGNORED["hypervisor" if section.startswith("hypervisor.") else section]
-    where = f"{setting.file}: {section}.{_brief(name)}"
+    where = f"{setting.file}: {section}.{brief(name)}"
     if name in ignored:
         if not is_neutral(setting.value, ignored[name]):
             loading.warnings.append(
@@ -249,9 +249,14 @@ def contradictions(config: Config) -> list[str]:
     return found
 
 
-def settle(config: Config, host_cpus: int | None = None) -> Config:
+def host_cpus() -> int:
+    """Return how many CPUs of the host this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def settle(config: Config, cpus: int | None = None) -> Config:
     """Replace the vCPU numbers that stand for "all of the host" or "the default" by real ones."""
-    host = host_cpus or len(os.sched_getaffinity(0))
+    host = cpus or host_cpus()
     asked_max = config.hypervisor.default_maxvcpus
     maximum = host if asked_max == 0 else min(asked_max, host)
     asked = config.hypervisor.default_vcpus
@@ -272,11 +277,11 @@ def missing_files(config: Config) -> list[str]:
         for key in keys(HypervisorConfig)
         if isinstance(key.kind, AbsolutePath | OptionalPath) and key.kind.file
     ]
-    if hypervisor.shared_fs == "virtio-fs":
-        wanted.append(("virtio_fs_daemon", hypervisor.virtio_fs_daemon))
+    if hypervisor.shared_fs != "virtio-fs":
+        wanted = [(name, path) for name, path in wanted if name != "virtio_fs_daemon"]
     found = []
     for name, path in wanted:
-        if path is not None and (reason := _file_problem(path)):
+        if path is not None and (reason := file_problem(path)):
             found.append(
                 f"{config.source}: hypervisor.{hypervisor.name}.{name} = {path}: {reason}; {_REMEDIES[name]}"
             )
@@ -292,7 +297,8 @@ _REMEDIES: Final = {
 }
 
 
-def _file_problem(path: Path) -> str:
+def file_problem(path: Path) -> str:
+    """Return why a file cannot be used; empty if it can."""
     try:
         status = path.stat()
     except OSError as exc:
@@ -308,7 +314,7 @@ def _report(source: Path, problems: list[str]) -> str:
     return f"{len(problems)} problems in the configuration {source}: " + "; ".join(problems)
 
 
-def _brief(name: str) -> str:
+def brief(name: str) -> str:
     """Return a name from the file so that it stays on one line and short."""
     return name if name.isprintable() and 0 < len(name) <= 64 else describe(name)
 

@@ -167,7 +167,7 @@ class HypervisorConfig:
         Choice("virtio-fs", "none"), "how files reach the guest", default="virtio-fs", annotation="shared_fs"
     )
     virtio_fs_daemon: Path = key(
-        AbsolutePath(),
+        AbsolutePath(file=True),
         "virtiofsd's program",
         default=default_virtiofsd(),
         annotation="virtio_fs_daemon",
@@ -262,7 +262,10 @@ class RuntimeConfig:
         AbsolutePath(), "where the state of sandboxes lives", default=Path("/run/vc"), ours=True
     )
     experimental: tuple[str, ...] = key(
-        Words(items=Choice()), "experimental features: there are none", default=(), annotation="experimental"
+        Words(separator=" ", items=Choice()),
+        "experimental features: there are none",
+        default=(),
+        annotation="experimental",
     )
 
 

@@ -1,0 +1,1 @@
+"""Message schemas and the code generated from them."""

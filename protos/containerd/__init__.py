@@ -1,0 +1,1 @@
+"""The services and messages between containerd and a shim."""

@@ -1,0 +1,1 @@
+"""The Kata agent API, which host and guest share."""

@@ -1,0 +1,1 @@
+"""The messages inside ttrpc frames."""

@@ -14,4 +14,4 @@ if not __package__:  # run as a directory or file: what is beside it is not a pa
 from agent.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

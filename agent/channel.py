@@ -38,8 +38,8 @@ MAX_LINE = 32  # bytes of a CONNECT line
 class Dispatcher:
     """Knows who serves which port. The RPC port is served for ever, the others once."""
 
-    def __init__(self, rpc: Handler) -> None:
-        self._rpc = rpc
+    def __init__(self) -> None:
+        self.serve_rpc: Handler = _nobody  # set before the first connection
         self._lock = threading.Lock()
         self._waiting: dict[int, Handler] = {}
         self._listeners: dict[int, _socket.socket] = {}
@@ -68,7 +68,7 @@ class Dispatcher:
     def take(self, port: int) -> Handler | None:
         """Return who serves a connection that has come for this port."""
         if port == RPC_PORT:
-            return self._rpc
+            return self.serve_rpc
         with self._lock:
             self._listeners.pop(port, None)
             return self._waiting.pop(port, None)
@@ -105,6 +105,10 @@ class Dispatcher:
             stream.close()
         else:
             handler(stream)
+
+
+def _nobody(stream: ByteStream) -> None:
+    stream.close()
 
 
 def _read_port(stream: ByteStream) -> int:

@@ -8,13 +8,15 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-from agent import log, mounts, oci, storage
+from agent import log, modules, mounts, oci, storage
 from agent.container import Container, check_id, remove_tree
 from agent.errors import AgentError, AlreadyExists, WrongState, no_container
 from agent.process import Ports
 from agent.runtime import Crun
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from agent.channel import Dispatcher
     from agent.reaper import Reaper
     from agent.schema import agent as messages
@@ -31,7 +33,7 @@ class Sandbox:
         self.root = root
         self.id = ""
         self.reaper = reaper
-        self.storages = storage.Storages(root, reaper)
+        self.storages = storage.Storages()
         self._dispatcher = dispatcher
         self._pipe_size = pipe_size
         self._crun = Crun(reaper, f"{root}/crun")
@@ -41,6 +43,8 @@ class Sandbox:
         self._ooms: deque[str] = deque()
         self._oom_changed = threading.Condition()
         self._destroyed = False
+        self._dns_mounted = False
+        self.on_destroyed: Callable[[], None] | None = None  # called after the host has its answer
 
     # The sandbox itself
 
@@ -55,7 +59,7 @@ class Sandbox:
             if request.hostname:
                 _socket.sethostname(request.hostname[:MAX_HOSTNAME])
             for module in request.kernel_modules:
-                self.reaper.run(["/sbin/modprobe", "-v", module.name, *module.parameters])
+                self.reaper.run([modules.MODPROBE, "-v", module.name, *module.parameters])
             for entry in request.storages:
                 self.storages.add(entry)
             self._set_dns(list(request.dns))
@@ -65,12 +69,15 @@ class Sandbox:
             raise
 
     def _set_dns(self, lines: list[str]) -> None:
-        if not lines or not os.path.exists(RESOLV_CONF):
+        if not lines:
             return
         path = f"{self.root}/sandbox/resolv.conf"
         with open(path, "w", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
-        mounts.mount(self.reaper, path, RESOLV_CONF, "bind", ["bind"])
+        # In a guest of ours, the one is a link to the other.
+        if os.path.exists(RESOLV_CONF) and not os.path.samefile(path, RESOLV_CONF):
+            mounts.mount(path, RESOLV_CONF, "bind")
+            self._dns_mounted = True
 
     def destroy(self) -> None:
         """Remove all containers and give everything back. Goes on when a step fails."""
@@ -82,8 +89,9 @@ class Sandbox:
             except (AgentError, OSError) as exc:
                 log.warning("container left behind", container=container_id, error=exc)
         self.storages.release_all()
-        if os.path.ismount(RESOLV_CONF):
-            mounts.unmount(self.reaper, RESOLV_CONF)
+        if self._dns_mounted:
+            mounts.unmount(RESOLV_CONF)
+            self._dns_mounted = False
         remove_tree(f"{self.root}/sandbox")
         with self._oom_changed:
             self._destroyed = True

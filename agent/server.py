@@ -49,6 +49,12 @@ class Server:
             raise errors.Unsupported(f"method {method.name} is not implemented by this agent")
         return handler(request)
 
+    def answered(self, method: AnyMethod) -> None:
+        """Tell the handler's object that a successful answer has been written, if it wants to know."""
+        hook = getattr(self._objects[method.service], "answered", None)
+        if hook is not None:
+            hook(method.name)
+
 
 class _Connection:
     def __init__(self, server: Server, stream: ByteStream, protocol: ServerConnection) -> None:
@@ -71,6 +77,7 @@ class _Connection:
 
     def _answer(self, event: CallReceived) -> None:
         method = event.method
+        status = None
         try:
             response = self._server.call(method, event.request)
             with self._lock:
@@ -80,6 +87,8 @@ class _Connection:
             with self._lock:
                 self._protocol.fail(event.stream_id, status)
         self._flush()
+        if status is None:
+            self._server.answered(method)
 
     def _status_of(self, method: AnyMethod, exc: Exception) -> Status:
         status = errors.status_of(exc)

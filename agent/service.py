@@ -8,6 +8,7 @@ from agent import oci, schema
 from agent.errors import InvalidArgument
 from agent.process import Ports
 from agent.schema import EMPTY
+from agent.version import VERSION
 
 if TYPE_CHECKING:
     from agent.channel import Dispatcher
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from agent.schema import Empty, health
     from agent.schema import agent as messages
 
-VERSION = "0.1.0"
 API_VERSION = "0.0.1"  # what Kata's agent answers as grpc_version
 FEATURES = ("stdio-streams",)
 MAX_READ = 1 << 20  # bytes of one Read call, whatever the host asks for
@@ -142,6 +142,11 @@ class AgentService:
         """Remove everything."""
         self._sandbox.destroy()
         return EMPTY
+
+    def answered(self, name: str) -> None:
+        """Do what must wait until a call has been answered: a guest without a sandbox has no purpose."""
+        if name == "DestroySandbox" and self._sandbox.on_destroyed is not None:
+            self._sandbox.on_destroyed()
 
 
 def _read_size(request: messages.ReadStreamRequest) -> int:

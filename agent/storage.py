@@ -13,7 +13,6 @@ from agent import mounts
 from agent.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from agent.reaper import Reaper
     from agent.schema import agent as messages
 
 DRIVERS = ("virtio-fs", "9p", "ephemeral", "local", "bind", "overlayfs", "blk", "scsi", "nvdimm", "mmioblk")
@@ -22,9 +21,7 @@ DRIVERS = ("virtio-fs", "9p", "ephemeral", "local", "bind", "overlayfs", "blk", 
 class Storages:
     """The mounts of the sandbox, counted."""
 
-    def __init__(self, root: str, reaper: Reaper) -> None:
-        self._root = root
-        self._reaper = reaper
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users: dict[str, int] = {}
 
@@ -44,17 +41,17 @@ class Storages:
                 self._users[mount_point] = left
             elif left == 0:
                 del self._users[mount_point]
-                mounts.unmount(self._reaper, mount_point)
+                mounts.unmount(mount_point)
 
     def release_all(self) -> None:
         """Unmount everything, the newest first."""
         with self._lock:
             for mount_point in reversed(list(self._users)):
-                mounts.unmount(self._reaper, mount_point)
+                mounts.unmount(mount_point)
             self._users.clear()
 
     def _mount(self, entry: messages.Storage) -> None:
         if entry.driver not in DRIVERS:
             raise InvalidArgument(f'unknown storage driver "{entry.driver}"; known are {", ".join(DRIVERS)}')
         os.makedirs(entry.mount_point, exist_ok=True)
-        mounts.mount(self._reaper, entry.source, entry.mount_point, entry.fstype, list(entry.options))
+        mounts.mount(entry.source, entry.mount_point, entry.fstype, list(entry.options))

@@ -5,18 +5,22 @@ old session left in it (the rest of a frame, whole frames nobody read) would be 
 each session begins with a handshake, in frames that a yamux peer understands in any case (`frames`):
 
     initiator (host)    GoAway(protocol error)    Ping SYN nonce
-    responder (guest)                                               Ping ACK nonce    ... session ...
+    responder (guest)                                               Ping ACK nonce    Ping ACK ~nonce    ...
 
-The initiator throws away everything up to the exact 12 bytes of the answer to its own nonce. The responder
-throws away everything up to a Ping SYN, and answers. The session's first byte is the one behind the answer,
-or behind the Ping. A responder that is still in an older session leaves it because of the GoAway;
-`Connection.trailing_data` then holds the bytes behind, which belong into the next Responder. A peer that
-knows nothing of this (a stock agent) answers the Ping by itself; spare it the GoAway, which would end its
-session each time.
+The initiator throws away everything up to the exact 12 bytes of the last answer to its own nonce. The
+responder throws away everything up to a Ping SYN, and answers. The session's first byte is the one behind the
+last answer, or behind the Ping. A responder that is still in an older session leaves it because of the
+GoAway; `Connection.trailing_data` then holds the bytes behind, which belong into the next Responder.
 
-A guest that is stuck inside a frame of the old session swallows the handshake. The initiator sees no answer;
-its driver closes the line, which the guest notices, and tries again with a new nonce. A Ping that lies in
-stale data can fool a responder once, and the same retry cures it, because stale bytes are finite.
+Why two answers: a guest in the middle of an old frame of which just 12 bytes are missing swallows the GoAway
+and answers the Ping out of the old session, as any session does. Only a responder sends the second answer,
+whose value is the nonce with all bits inverted, and nobody asks for it otherwise.
+
+A guest that swallows the handshake sends no second answer. The initiator's driver then closes the line, which
+the guest notices, and tries again with a new nonce. A Ping that lies in stale data can fool a responder once,
+and the same retry cures it, because stale bytes are finite. A peer that knows nothing of all this (a stock
+agent) gives the first answer; do without GoAway, which would end its session each time, and without the
+second.
 
 The rule of this file: memory is bounded by one frame header, whatever arrives. Time-outs, retries and the
 choice of nonces are the driver's.
@@ -38,6 +42,8 @@ from yamux.frames import (
     encode_header,
 )
 
+# What the second answer's value is XORed with
+SECOND_ANSWER = MAX_UINT32
 # All of a Ping SYN but its value
 PING_SYN = encode_header(PING, SYN, SESSION_ID, 0)[:8]
 
@@ -46,18 +52,18 @@ class Initiator:
     """The side that begins. Send `data_to_send`, feed what comes to `receive_data` until it returns True.
 
     `nonce` is a 32-bit value that no earlier attempt on this line used: take a random one.
-    `end_old_session` sends the GoAway; leave it out for a peer that is not ours.
+    `stock_peer`: the peer has no Responder; send no GoAway, and be content with what any session answers.
     """
 
-    def __init__(self, *, nonce: int, end_old_session: bool = True) -> None:
+    def __init__(self, *, nonce: int, stock_peer: bool = False) -> None:
         if not 0 <= nonce <= MAX_UINT32:
             raise LocalProtocolError(f"nonce {nonce} does not fit in 32 bits")
         self.done = False
         self.trailing_data = b""  # the session's first bytes, once done
-        self._answer = encode_header(PING, ACK, SESSION_ID, nonce)
+        self._answer = encode_header(PING, ACK, SESSION_ID, nonce if stock_peer else nonce ^ SECOND_ANSWER)
         self._tail = b""  # the last bytes, which may be the beginning of the answer
         self._outbox = encode_header(PING, SYN, SESSION_ID, nonce)
-        if end_old_session:
+        if not stock_peer:
             self._outbox = encode_header(GO_AWAY, 0, SESSION_ID, PROTOCOL_ERROR) + self._outbox
 
     def data_to_send(self) -> bytes:
@@ -112,6 +118,7 @@ class Responder:
         self.done = True
         self._tail = b""
         self.nonce = HEADER.unpack_from(data, found)[4]
-        self._outbox = encode_header(PING, ACK, SESSION_ID, self.nonce)
+        for value in (self.nonce, self.nonce ^ SECOND_ANSWER):
+            self._outbox += encode_header(PING, ACK, SESSION_ID, value)
         self.trailing_data = data[found + HEADER_SIZE :]
         return True

@@ -528,7 +528,7 @@ async def open_over_serial(
     *,
     nonce: int,
     timeout: float,
-    end_old_session: bool = True,
+    stock_peer: bool = False,
     max_window: int = INITIAL_WINDOW,
     backlog: int = BACKLOG,
     keepalive: tuple[float, float] | None = None,
@@ -542,7 +542,7 @@ async def open_over_serial(
         trio.BrokenResourceError: the line failed or ended.
 
     """
-    hello = Initiator(nonce=nonce, end_old_session=end_old_session)
+    hello = Initiator(nonce=nonce, stock_peer=stock_peer)
     try:
         with trio.fail_after(timeout):
             await _shake_hands(transport, hello)

@@ -23,7 +23,8 @@ from yamux.frames import (
 from yamux.resync import Initiator, Responder
 
 NONCE = 0xC0FFEE01
-ANSWER = encode_header(PING, ACK, 0, NONCE)
+FIRST_ANSWER = encode_header(PING, ACK, 0, NONCE)
+ANSWER = encode_header(PING, ACK, 0, 0xFFFFFFFF - NONCE)
 OPENING = encode_header(GO_AWAY, 0, 0, PROTOCOL_ERROR) + encode_header(PING, SYN, 0, NONCE)
 
 FRAME_LIKE = st.builds(
@@ -34,6 +35,7 @@ STALE = st.lists(
     st.one_of(
         st.binary(max_size=40),
         FRAME_LIKE,
+        st.just(FIRST_ANSWER),
         st.integers(1, 11).map(lambda n: ANSWER[:n]),
         st.integers(1, 11).map(lambda n: OPENING[12 : 12 + n]),
     ),
@@ -83,7 +85,10 @@ def test_the_responder_starts_behind_the_first_ping_whatever_came_before(
         eaten += len(piece)
         assert responder.receive_data(piece) is (eaten >= found + 12)
     assert responder.nonce == int.from_bytes(whole[found + 8 : found + 12], "big")
-    assert responder.data_to_send() == encode_header(PING, ACK, 0, responder.nonce)
+    assert responder.data_to_send() == (
+        encode_header(PING, ACK, 0, responder.nonce)
+        + encode_header(PING, ACK, 0, 0xFFFFFFFF - responder.nonce)
+    )
     assert responder.trailing_data == whole[found + 12 :]
 
 
@@ -101,12 +106,34 @@ def test_answers_to_other_nonces_are_stale() -> None:
 
 
 def test_a_stock_peer_is_spared_the_go_away() -> None:
-    initiator = Initiator(nonce=NONCE, end_old_session=False)
+    initiator = Initiator(nonce=NONCE, stock_peer=True)
     assert initiator.data_to_send() == encode_header(PING, SYN, 0, NONCE)
     # A stock agent needs no Responder: any connection answers a ping.
     stock = Connection(client=False)
     assert stock.receive_data(encode_header(PING, SYN, 0, NONCE)) == []
     assert initiator.receive_data(stock.data_to_send())
+
+
+def test_a_guest_of_ours_serves_a_host_that_takes_it_for_a_stock_one() -> None:
+    initiator, responder = Initiator(nonce=NONCE, stock_peer=True), Responder()
+    assert responder.receive_data(initiator.data_to_send())
+    assert initiator.receive_data(responder.data_to_send())
+    host = Connection(client=True)
+    assert host.receive_data(initiator.trailing_data) == []
+
+
+def test_an_answer_out_of_the_old_session_is_not_taken_for_the_new_ones() -> None:
+    """The old frame lacks as many bytes as a GoAway has: the Ping behind it reaches the old session."""
+    guest = Guest()
+    host = shake_hands(guest, 1, b"", [])
+    assert host is not None
+    session_works(guest, host, 0)
+    guest.receive(encode_header(DATA, 0, 1, 12))
+    assert shake_hands(guest, 2, b"", []) is None
+    guest.hang_up()
+    host = shake_hands(guest, 3, b"", [])
+    assert host is not None
+    session_works(guest, host, 1)
 
 
 def test_a_nonce_has_32_bits() -> None:

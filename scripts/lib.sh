@@ -113,8 +113,20 @@ make_venv() {
     /usr/bin/python3 -m venv "$VENV"
     "$VENV/bin/python3" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
         --only-binary :all: "${args[@]}"
-    printf '%s\n' "$ROOT" >"$VENV"/lib/python3*/site-packages/pykata.pth
+    link_project
     printf '%s\n' "$wanted" >"$stamp"
+}
+
+# What an editable installation would leave, without what builds one: the packages stay where they are, and the
+# distribution has a name and a version.
+link_project() {
+    local packages version
+    packages=$(echo "$VENV"/lib/python3*/site-packages)
+    version=$(sed -n 's/^version = "\(.*\)"$/\1/p' "$ROOT/pyproject.toml")
+    printf '%s\n' "$ROOT" >"$packages/pykata.pth"
+    mkdir -p "$packages/pykata-$version.dist-info"
+    printf 'Metadata-Version: 2.1\nName: pykata\nVersion: %s\n' "$version" >"$packages/pykata-$version.dist-info/METADATA"
+    printf 'scripts\n' >"$packages/pykata-$version.dist-info/INSTALLER"
 }
 
 # The developers' environment satisfies the users' too: the smaller one is only made where there is none.
@@ -167,4 +179,26 @@ sys.exit(main())
 END
     chmod 755 "$file.new"
     cmp -s "$file.new" "$file" && rm "$file.new" || mv "$file.new" "$file"
+}
+
+# What the guest is made from: its recipe, and the parts of this tree that it carries.
+guest_inputs() {
+    (cd "$ROOT" && find scripts/build_guest scripts/guest agent ttrpc yamux protos/kata protos/ttrpc \
+        -type f ! -path '*/__pycache__/*' -print0 | sort -z | xargs -0 sha256sum)
+    printf '%s\n' "$OUT"
+}
+
+# Build the guest if one of its inputs has changed since, or if it is not there.
+build_guest() {
+    local stamp=$OUT/guest.inputs wanted
+    wanted=$(guest_inputs)
+    if [ -e "$OUT/configuration.toml" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return 0; fi
+    rm -f "$stamp"
+    # The packages of the guest come through apt, which has no lists on a machine that needed no package above.
+    if command -v apt-cache >/dev/null && ! apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1; then
+        apt-get -q -o DPkg::Lock::Timeout=300 update
+    fi
+    # The environment's interpreter: it has pip, for the guest's wheels.
+    "$VENV/bin/python3" "$ROOT/scripts/build_guest" --out "$OUT"
+    printf '%s\n' "$wanted" >"$stamp"
 }

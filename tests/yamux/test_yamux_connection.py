@@ -219,6 +219,27 @@ def test_bodies_are_handed_out_before_the_frame_is_complete() -> None:
     assert connection.receive_data(frame[14:]) == [DataReceived(1, b"cdef"), StreamEnded(1)]
 
 
+def test_a_fin_ends_the_stream_of_its_own_frame_only() -> None:
+    connection = server()
+    data = encode_header(DATA, SYN | FIN, 1, 1) + b"a" + encode_header(DATA, SYN, 3, 1) + b"b"
+    assert connection.receive_data(data) == [
+        StreamOpened(1),
+        DataReceived(1, b"a"),
+        StreamEnded(1),
+        StreamOpened(3),
+        DataReceived(3, b"b"),
+    ]
+
+
+def test_a_peer_that_has_ended_its_direction_gets_no_more_credit() -> None:
+    connection = server()
+    connection.receive_data(encode_header(DATA, SYN | FIN, 1, INITIAL_WINDOW) + bytes(INITIAL_WINDOW))
+    connection.accept_stream(1)
+    connection.data_to_send()
+    connection.consumed(1, INITIAL_WINDOW)
+    assert not connection.wants_to_send
+
+
 OPEN = encode_header(WINDOW_UPDATE, SYN, 1, 0)
 # What the peer sends, and whether the reference answers with GoAway before it closes
 FAULTS = [

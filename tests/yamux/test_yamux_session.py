@@ -297,6 +297,26 @@ async def test_what_arrived_before_the_session_ended_can_still_be_read() -> None
             await streams[1].receive_some()
 
 
+async def test_the_last_words_of_a_peer_that_reads_no_more_are_heard() -> None:
+    """A write fails as soon as the peer is gone, while its last output still lies in the line."""
+    left, right = trio.testing.memory_stream_pair()
+    session, peer = Session(left, client=False), Peer(right, client=True)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(session.run)
+        peer.connection.open_stream()
+        await peer.flush()
+        stream = await session.accept_stream()
+        await peer.frames()
+        assert isinstance(right, trio.StapledStream)
+        await right.receive_stream.aclose()
+        await session.open_stream()
+        await trio.testing.wait_all_tasks_blocked()
+        peer.connection.send_data(1, b"the end")
+        await peer.flush()
+        await right.aclose()
+        assert await stream.receive_some() == b"the end"
+
+
 async def test_a_reset_drops_what_was_received_and_a_stream_not_accepted_yet() -> None:
     async with session_and_peer(client=False) as (session, peer):
         for _ in range(2):

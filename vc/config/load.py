@@ -92,7 +92,7 @@ def load(
 def find(explicit: str | None, environ: Mapping[str, str], defaults: Sequence[Path] = DEFAULT_PATHS) -> Path:
     """Return the file to read, symbolic links resolved. Raises: InvalidArgument."""
     if explicit:
-        return _resolve(explicit, "the runtime option ConfigPath")
+        return _resolve(explicit, "ConfigPath or --config")
     if named := environ.get(PATH_VARIABLE):
         return _resolve(named, f"the environment variable {PATH_VARIABLE}")
     for path in defaults:

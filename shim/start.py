@@ -11,13 +11,12 @@ Undo is in reverse order: whatever fails, no process, no socket and no file of o
 # ruff: noqa: PTH109
 
 import os
-import signal
 import stat
 
 from shim import address, bootstrap, bundle
 from shim.args import Args
 
-READY = b"ready"
+SIGKILL = 9  # signal(7); the module signal costs 3 ms for its enums
 OOM_SCORE_MIN, OOM_SCORE_MAX = -1000, 1000  # linux/oom.h
 
 
@@ -63,24 +62,17 @@ def _start_server(args: Args, directory: str, path: str, ttrpc_address: str) -> 
     sock = address.listen(path)
     if sock is None:
         return address.write_address(directory, path)
+    containerd = os.getppid()
     pid = 0
     try:
-        reader, writer = os.pipe()
-        containerd = os.getppid()
         pid = os.fork()
         if pid == 0:
-            os.close(reader)
-            _become_server(args, directory, path, sock.detach(), writer, containerd, ttrpc_address)
-        os.close(writer)
-        with open(reader, "rb") as file:
-            answer = file.read()
-        if answer != READY:
-            raise StartError(f"the serving process did not come up: {answer.decode(errors='replace')}")
+            _become_server(args, directory, path, sock.detach(), containerd, ttrpc_address)
         bundle.write_file(directory, bundle.SHIM_PID, str(pid))
         return address.write_address(directory, path)
     except BaseException:
         if pid > 0:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, SIGKILL)
             os.waitpid(pid, 0)
         for name in (bundle.SHIM_PID, "address"):
             address.remove(f"{directory}/{name}")
@@ -89,54 +81,53 @@ def _start_server(args: Args, directory: str, path: str, ttrpc_address: str) -> 
 
 
 def _become_server(
-    args: Args, directory: str, path: str, listener: int, ready: int, containerd: int, ttrpc_address: str
+    args: Args, directory: str, path: str, listener: int, containerd: int, ttrpc_address: str
 ) -> None:
-    """Cut every tie to `start`, say that it is done, and serve; ends the process."""
+    """Cut every tie to `start` and serve; ends the process, so that nothing of `start` is run by both."""
     status = 1
     try:
-        notes = _detach(directory, containerd, keep=(listener, ready))
-        os.write(ready, READY)
-        os.close(ready)
-        ready = -1
+        os.setsid()
+        _redirect(directory, listener)
+        # From here on descriptor 2 is containerd's log, and `start` may end.
+        notes = _settle(containerd)
         from shim import serve
 
         status = serve.main(args, path=path, listener=listener, events=ttrpc_address, notes=notes)
-    except BaseException as exc:
-        if ready >= 0:
-            os.write(ready, f"{type(exc).__name__}: {exc}".encode())
-        else:
-            address.remove(path)
-            import traceback
+    except BaseException:
+        address.remove(path)
+        import traceback
 
-            traceback.print_exc()  # into containerd's log, which descriptor 2 is by now
+        traceback.print_exc()
     finally:
         os._exit(status)
 
 
-def _detach(directory: str, containerd: int, keep: tuple[int, int]) -> list[str]:
-    """Become a daemon in a mount namespace of its own; return what did not work and can be done without."""
+def _redirect(directory: str, listener: int) -> None:
+    """Let go of everything that was inherited: containerd waits until nobody has its pipe any more."""
+    null = os.open("/dev/null", os.O_RDWR)
+    log = _open_log(directory, null)
+    for source, target in ((null, 0), (null, 1), (log, 2)):
+        os.dup2(source, target)
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        if int(name) > 2 and int(name) != listener:
+            try:
+                os.close(int(name))
+            except OSError:
+                pass  # the one that listed the directory
+    # The bundle is renamed and removed while the server still runs: nothing may be relative to it.
+    os.chdir("/")
+
+
+def _settle(containerd: int) -> list[str]:
+    """Set what belongs to the process; return what did not work, all of which can be done without."""
     from shim import kernel
 
     notes = []
-    os.setsid()
     for step in (kernel.own_mount_namespace, kernel.become_subreaper, lambda: _set_oom_score(containerd)):
         try:
             step()
         except OSError as exc:
             notes.append(f"serving process: {exc}")
-    null = os.open("/dev/null", os.O_RDWR)
-    log = _open_log(directory, null)
-    for source, target in ((null, 0), (null, 1), (log, 2)):
-        os.dup2(source, target)
-    # The bundle is renamed and removed while the server still runs: nothing may be relative to it.
-    os.chdir("/")
-    # One more copy of the pipe that containerd reads the address from, and it would wait for our end.
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
-        if int(name) > 2 and int(name) not in keep:
-            try:
-                os.close(int(name))
-            except OSError:
-                pass  # the one that listed the directory
     return notes
 
 

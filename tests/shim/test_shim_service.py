@@ -1,0 +1,801 @@
+"""The serving process over a real socket, as containerd drives it; the sandbox below it is made of memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.empty_pb2 import Empty
+
+from protos.containerd import events_pb2, task_v2_pb2, task_v3_pb2, ttrpc_events_pb2
+from protos.kata.agent_pb2 import StatsContainerResponse
+from shim import serve
+from shim.events import Publisher
+from ttrpc import methods
+from ttrpc.client import Client
+from ttrpc.server import Server
+from ttrpc.status import Code, StatusError
+from vc.errors import AgentError, GuestGone, HypervisorError, InvalidArgument, NotFound, WrongState
+from vc.process import Exit
+
+TASK = methods.service(task_v2_pb2.DESCRIPTOR.services_by_name["Task"])
+TASK_V3 = methods.service(task_v3_pb2.DESCRIPTOR.services_by_name["Task"])
+SPEC: dict[str, Any] = {
+    "ociVersion": "1.0.2",
+    "process": {"args": ["true"], "cwd": "/", "user": {"uid": 0, "gid": 0}},
+    "root": {"path": "rootfs"},
+    "linux": {"namespaces": [{"type": "network", "path": "/run/netns/x"}]},
+}
+EXEC_SPEC = AnyMessage(
+    type_url="types.containerd.io/opencontainers/runtime-spec/1/Process",
+    value=json.dumps({"args": ["sh"], "cwd": "/"}).encode(),
+)
+PID = 4321
+
+
+class FakeProcess:
+    """A guest process that does what a test says."""
+
+    def __init__(self, sandbox: FakeSandbox, exec_id: str) -> None:
+        self.sandbox = sandbox
+        self.exec_id = exec_id
+        self.stdin = self.stdout = self.stderr = None
+        self.signals: list[int] = []
+        self.sizes: list[tuple[int, int]] = []
+        self.exit: Exit | None = None
+        self.done = trio.Event()
+        self.dies_of: set[int] = {9}
+
+    def end(self, status: int, **more: Any) -> None:
+        if self.exit is None:
+            self.exit = Exit(status, time.time(), **more)
+            self.done.set()
+
+    async def wait(self) -> Exit:
+        await self.done.wait()
+        assert self.exit is not None
+        return self.exit
+
+    async def signal(self, number: int) -> None:
+        if self.sandbox.gone.is_set():
+            raise GuestGone("the VM died")
+        if self.exit is not None:
+            raise NotFound("it has ended")
+        self.signals.append(number)
+        if number in self.dies_of:
+            self.end(128 + number)
+
+    async def resize(self, *, columns: int, rows: int) -> None:
+        self.sizes.append((columns, rows))
+
+    async def close_stdin(self) -> None: ...
+
+
+class FakeContainer:
+    def __init__(self, sandbox: FakeSandbox, container_id: str) -> None:
+        self.id = container_id
+        self.sandbox = sandbox
+        self.init = FakeProcess(sandbox, "")
+        self.execs: dict[str, FakeProcess] = {}
+        self.deleted = 0
+        self.paused = False
+        self.resources: list[Mapping[str, Any]] = []
+        self.counters: StatsContainerResponse | None = None
+
+    async def start(self) -> None:
+        await self.sandbox.start_hook(self.init)
+
+    def exec(self, exec_id: str, process: Mapping[str, Any], stdio: object) -> FakeProcess:
+        self.execs[exec_id] = FakeProcess(self.sandbox, exec_id)
+        return self.execs[exec_id]
+
+    async def start_exec(self, exec_id: str) -> None:
+        await self.sandbox.start_hook(self.execs[exec_id])
+
+    def forget_exec(self, exec_id: str) -> None:
+        del self.execs[exec_id]
+
+    async def signal_all(self, number: int) -> None:
+        await self.init.signal(number)
+
+    async def pause(self) -> None:
+        self.paused = True
+
+    async def resume(self) -> None:
+        self.paused = False
+
+    async def update(self, resources: Mapping[str, Any]) -> None:
+        self.resources.append(resources)
+
+    async def stats(self) -> StatsContainerResponse:
+        if self.counters is None:
+            raise NotFound("no counters")
+        return self.counters
+
+    async def delete(self) -> None:
+        await self.sandbox.delete_hook(self)
+        self.deleted += 1
+        self.init.end(137)
+
+
+async def nothing(_: object) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+class FakeSandbox:
+    def __init__(self, spec: Any) -> None:
+        self.id = spec.id
+        self.spec = spec
+        self.pid = PID
+        self.containers: dict[str, FakeContainer] = {}
+        self.gone = trio.Event()
+        self.create_hook: Callable[[str], Any] = nothing
+        self.start_hook: Callable[[FakeProcess], Any] = nothing
+        self.delete_hook: Callable[[FakeContainer], Any] = nothing
+        self.oom_send, self.oom_receive = trio.open_memory_channel[str](10)
+        self.open = True
+
+    async def create_container(self, container_id: str, spec: object, **_: object) -> FakeContainer:
+        await self.create_hook(container_id)
+        self.containers[container_id] = FakeContainer(self, container_id)
+        return self.containers[container_id]
+
+    async def wait_gone(self) -> GuestGone:
+        await self.gone.wait()
+        return GuestGone("the VMM was killed by signal 9")
+
+    async def wait_oom(self) -> str:
+        return await self.oom_receive.receive()
+
+    def die(self) -> None:
+        """Let the VM die; as in the real library, the waits of running processes end with it."""
+        self.gone.set()
+        for container in self.containers.values():
+            for process in (container.init, *container.execs.values()):
+                process.end(137, cause="the VMM was killed by signal 9")
+
+
+@dataclass
+class Shim:
+    """A served pod with a client on it, and what has reached the event service."""
+
+    bundles: Path
+    socket: Path
+    client: Client
+    sandboxes: list[FakeSandbox] = field(default_factory=list)
+    events: list[tuple[str, Any]] = field(default_factory=list)
+    event_came: trio.Event = field(default_factory=trio.Event)
+    ended: trio.Event = field(default_factory=trio.Event)
+    open_hook: Callable[[Any], Any] = nothing
+    prepare: Callable[[FakeSandbox], None] = lambda _: None
+
+    @asynccontextmanager
+    async def open_sandbox(self, spec: Any, config: object) -> AsyncIterator[FakeSandbox]:
+        await self.open_hook(spec)
+        sandbox = FakeSandbox(spec)
+        self.prepare(sandbox)
+        self.sandboxes.append(sandbox)
+        try:
+            yield sandbox
+        finally:
+            sandbox.open = False
+
+    def bundle(self, task_id: str, **more: Any) -> str:
+        path = self.bundles / task_id
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text(json.dumps(SPEC | more))
+        return str(path)
+
+    async def call(self, method: str, *, table: methods.ServiceTable = TASK, **fields: Any) -> Any:
+        entry = table[method]
+        with trio.fail_after(20):
+            return await self.client.call(entry, entry.request_class(**fields))
+
+    async def fails(self, method: str, **fields: Any) -> StatusError:
+        with pytest.raises(StatusError) as caught:
+            await self.call(method, **fields)
+        return caught.value
+
+    async def create(self, task_id: str = "c1", **fields: Any) -> Any:
+        annotations = fields.pop("annotations", {})
+        return await self.call(
+            "Create", id=task_id, bundle=self.bundle(task_id, annotations=annotations), **fields
+        )
+
+    async def run(self, task_id: str = "c1", **fields: Any) -> FakeContainer:
+        await self.create(task_id, **fields)
+        await self.call("Start", id=task_id)
+        return self.container(task_id)
+
+    async def exec(self, exec_id: str, task_id: str = "c1") -> FakeProcess:
+        await self.call("Exec", id=task_id, exec_id=exec_id, spec=EXEC_SPEC)
+        await self.call("Start", id=task_id, exec_id=exec_id)
+        return self.container(task_id).execs[exec_id]
+
+    def container(self, task_id: str = "c1") -> FakeContainer:
+        return self.sandboxes[-1].containers[task_id]
+
+    async def wait_events(self, count: int) -> list[str]:
+        with trio.fail_after(20):
+            while len(self.events) < count:
+                self.event_came = trio.Event()
+                await self.event_came.wait()
+        return [topic for topic, _ in self.events]
+
+    async def forward(self, request: Any, context: object) -> Empty:
+        envelope = request.envelope
+        kind = getattr(events_pb2, envelope.event.type_url.removeprefix("containerd.events."))
+        self.events.append((envelope.topic, kind.FromString(envelope.event.value)))
+        self.event_came.set()
+        return Empty()
+
+
+def listener(path: Path) -> trio.SocketListener:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(str(path))
+    sock.listen()
+    return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+
+
+@pytest.fixture
+async def shim(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[Shim]:
+    path = tmp_path / "s"
+    shim = Shim(tmp_path, path, None)  # type: ignore[arg-type]
+    events = Server()
+    events.add_service(ttrpc_events_pb2.DESCRIPTOR.services_by_name["Events"], shim)
+    await nursery.start(events.serve_listeners, [listener(tmp_path / "events")])
+    config = SimpleNamespace(runtime=SimpleNamespace(run_dir=tmp_path / "run"), source=tmp_path / "c.toml")
+    serving = listener(path)
+
+    async def run() -> None:
+        await serve.run(
+            serving,
+            namespace="ns",
+            publisher=Publisher(str(tmp_path / "events"), "ns"),
+            open_sandbox=shim.open_sandbox,  # type: ignore[arg-type]
+            load_config=lambda explicit: config,  # type: ignore[arg-type, return-value]
+            leaving=path.unlink,
+        )
+        shim.ended.set()
+
+    nursery.start_soon(run)
+    shim.client = Client(await trio.open_unix_socket(str(path)))
+    nursery.start_soon(shim.client.run)
+    yield shim
+    nursery.cancel_scope.cancel()
+
+
+@pytest.fixture(autouse=True)
+def no_unexpected_errors(caplog: pytest.LogCaptureFixture) -> AsyncIterator[None]:
+    """A traceback in the log is a bug, whatever was answered."""
+    yield
+    tracebacks = [record for record in caplog.records if record.exc_info]
+    assert not tracebacks, "\n".join(logging.Formatter().format(record) for record in tracebacks)
+
+
+async def test_a_task_lives_from_create_to_shutdown_and_every_step_is_announced_in_order(shim: Shim) -> None:
+    assert (await shim.create()).pid == PID
+    assert (await shim.call("Connect", id="c1")).task_pid == PID
+    assert (await shim.call("State", id="c1")).status == 1
+    assert (await shim.call("Start", id="c1")).pid == PID
+    state = await shim.call("State", id="c1")
+    assert (state.status, state.pid, state.HasField("exited_at")) == (2, PID, False)
+    shim.container().init.end(7)
+    waited = await shim.call("Wait", id="c1")
+    assert waited.exit_status == 7
+    state = await shim.call("State", id="c1")
+    assert (state.status, state.exit_status, state.exited_at) == (3, 7, waited.exited_at)
+    deleted = await shim.call("Delete", id="c1")
+    assert (deleted.pid, deleted.exit_status, deleted.exited_at) == (PID, 7, waited.exited_at)
+    assert not shim.sandboxes[0].open
+    await shim.call("Shutdown", id="c1")
+    with trio.fail_after(10):
+        await shim.ended.wait()
+    topics = await shim.wait_events(4)
+    assert topics == ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]
+    exited = shim.events[2][1]
+    assert (exited.container_id, exited.id, exited.pid, exited.exit_status) == ("c1", "c1", PID, 7)
+    assert shim.events[3][1].id == ""
+    assert not shim.socket.exists()
+
+
+async def test_version_3_of_the_service_is_the_same_service(shim: Shim) -> None:
+    await shim.create()
+    state = await shim.call("State", table=TASK_V3, id="c1")
+    assert (type(state), state.id) == (task_v3_pb2.StateResponse, "c1")
+
+
+async def test_the_sandbox_is_made_of_the_spec_and_the_namespace(shim: Shim) -> None:
+    await shim.call("Create", id="c1", bundle=shim.bundle("c1", hostname="h1"))
+    spec = shim.sandboxes[0].spec
+    assert (spec.id, spec.hostname, spec.netns) == ("ns--c1", "h1", "/run/netns/x")
+    assert (shim.bundles / "c1" / "run-dir").read_text() == str(shim.bundles / "run")
+    assert (shim.bundles / "c1" / "init.pid").read_text() == str(PID)
+
+
+async def test_exit_is_published_after_start_even_if_the_process_dies_at_once(shim: Shim) -> None:
+    async def die(process: FakeProcess) -> None:
+        process.end(3)
+        await trio.testing.wait_all_tasks_blocked()
+
+    shim.prepare = lambda sandbox: setattr(sandbox, "start_hook", die)
+    await shim.run()
+    topics = await shim.wait_events(3)
+    assert topics == ["/tasks/create", "/tasks/start", "/tasks/exit"]
+
+
+# What is allowed in which state: facts of the reference shim, with FAILED_PRECONDITION for its UNKNOWN.
+OK, PRE, GONE = Code.OK, Code.FAILED_PRECONDITION, Code.NOT_FOUND
+INIT_TABLE = {
+    "created": {"Start": OK, "Exec": OK, "Kill": OK, "Pause": PRE, "Resume": PRE, "Update": OK, "Delete": OK},
+    "running": {
+        "Start": PRE,
+        "Exec": OK,
+        "Kill": OK,
+        "Pause": OK,
+        "Resume": PRE,
+        "Update": OK,
+        "Delete": PRE,
+    },
+    "paused": {
+        "Start": PRE,
+        "Exec": PRE,
+        "Kill": OK,
+        "Pause": PRE,
+        "Resume": OK,
+        "Update": OK,
+        "Delete": PRE,
+    },
+    "stopped": {
+        "Start": PRE,
+        "Exec": PRE,
+        "Kill": GONE,
+        "Pause": PRE,
+        "Resume": PRE,
+        "Update": PRE,
+        "Delete": OK,
+    },
+    "deleted": dict.fromkeys(("Start", "Exec", "Kill", "Pause", "Resume", "Update", "Delete"), GONE),
+}
+FIELDS: dict[str, dict[str, Any]] = {
+    "Exec": {"exec_id": "e9", "spec": EXEC_SPEC},
+    "Kill": {"signal": 15},
+    "Update": {"resources": AnyMessage(type_url="x/LinuxResources", value=b"{}")},
+}
+
+
+async def bring_to(shim: Shim, state: str) -> None:
+    await shim.create()
+    if state != "created":
+        await shim.call("Start", id="c1")
+    if state == "paused":
+        await shim.call("Pause", id="c1")
+    if state in ("stopped", "deleted"):
+        shim.container().init.end(0)
+        await shim.call("Wait", id="c1")
+    if state == "deleted":
+        await shim.call("Delete", id="c1")
+
+
+@pytest.mark.parametrize(
+    ("state", "call", "code"),
+    [(state, call, code) for state, row in INIT_TABLE.items() for call, code in row.items()],
+)
+async def test_calls_on_init_are_answered_by_state(shim: Shim, state: str, call: str, code: Code) -> None:
+    await bring_to(shim, state)
+    if code is OK:
+        await shim.call(call, id="c1", **FIELDS.get(call, {}))
+    else:
+        assert (await shim.fails(call, id="c1", **FIELDS.get(call, {}))).code is code
+
+
+EXEC_TABLE = {
+    "created": {"Start": OK, "Kill": PRE, "ResizePty": OK, "Delete": OK},
+    "running": {"Start": PRE, "Kill": OK, "ResizePty": OK, "Delete": PRE},
+    "stopped": {"Start": PRE, "Kill": GONE, "ResizePty": PRE, "Delete": OK},
+    "deleted": {"Start": GONE, "Kill": GONE, "ResizePty": GONE, "Delete": GONE, "State": GONE, "Wait": GONE},
+}
+
+
+@pytest.mark.parametrize(
+    ("state", "call", "code"),
+    [(state, call, code) for state, row in EXEC_TABLE.items() for call, code in row.items()],
+)
+async def test_calls_on_an_exec_are_answered_by_state(shim: Shim, state: str, call: str, code: Code) -> None:
+    container = await shim.run()
+    await shim.call("Exec", id="c1", exec_id="e1", spec=EXEC_SPEC, terminal=True)
+    if state != "created":
+        await shim.call("Start", id="c1", exec_id="e1")
+    if state in ("stopped", "deleted"):
+        container.execs["e1"].end(0)
+        await shim.call("Wait", id="c1", exec_id="e1")
+    if state == "deleted":
+        await shim.call("Delete", id="c1", exec_id="e1")
+    fields = {"signal": 15} if call == "Kill" else {}
+    if code is OK:
+        await shim.call(call, id="c1", exec_id="e1", **fields)
+    else:
+        assert (await shim.fails(call, id="c1", exec_id="e1", **fields)).code is code
+
+
+async def test_kill_of_all_processes_of_a_stopped_task_is_fine(shim: Shim) -> None:
+    await bring_to(shim, "stopped")
+    await shim.call("Kill", id="c1", signal=9, all=True)
+
+
+async def test_kill_of_a_created_task_ends_it_and_a_probe_does_not(shim: Shim) -> None:
+    await shim.create()
+    await shim.call("Kill", id="c1", signal=0)
+    assert (await shim.call("State", id="c1")).status == 1
+    await shim.call("Kill", id="c1", signal=9, all=True)
+    assert (await shim.call("Wait", id="c1")).exit_status == 137
+    assert await shim.wait_events(2) == ["/tasks/create", "/tasks/exit"]
+    assert (await shim.call("Delete", id="c1")).exit_status == 137
+
+
+async def test_delete_of_a_created_task_releases_its_waiters(shim: Shim, nursery: trio.Nursery) -> None:
+    await shim.create()
+    answers: list[Any] = []
+
+    async def wait() -> None:
+        answers.append(await shim.call("Wait", id="c1"))
+
+    async with trio.open_nursery() as waiters:
+        waiters.start_soon(wait)
+        waiters.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        await shim.call("Delete", id="c1")
+    assert [answer.exit_status for answer in answers] == [137, 137]
+    assert await shim.wait_events(2) == ["/tasks/create", "/tasks/delete"]
+
+
+async def test_a_failed_create_leaves_nothing_and_the_shim_ends_at_shutdown(shim: Shim) -> None:
+    async def refuse(spec: object) -> None:
+        raise HypervisorError("qemu: cannot allocate memory")
+
+    shim.open_hook = refuse
+    error = await shim.fails("Create", id="c1", bundle=shim.bundle("c1"))
+    assert (error.code, "cannot allocate memory" in error.message) == (Code.INTERNAL, True)
+    assert (await shim.fails("State", id="c1")).code is Code.NOT_FOUND
+    assert (await shim.fails("Delete", id="c1")).code is Code.NOT_FOUND
+    await shim.call("Shutdown", id="c1")
+    with trio.fail_after(10):
+        await shim.ended.wait()
+    assert shim.events == []
+
+
+async def test_a_create_that_fails_in_the_guest_ends_the_sandbox_and_can_be_repeated(shim: Shim) -> None:
+    async def refuse(container_id: str) -> None:
+        raise AgentError("CreateContainer", 13, "no such layer")
+
+    shim.prepare = lambda sandbox: setattr(sandbox, "create_hook", refuse)
+    error = await shim.fails("Create", id="c1", bundle=shim.bundle("c1"))
+    assert "no such layer" in error.message
+    assert not shim.sandboxes[0].open
+    shim.prepare = lambda sandbox: None
+    await shim.create()
+    assert [sandbox.open for sandbox in shim.sandboxes] == [False, True]
+
+
+async def test_state_says_not_found_and_does_not_wait_while_a_create_is_under_way(shim: Shim) -> None:
+    opening, go_on = trio.Event(), trio.Event()
+
+    async def slow(spec: object) -> None:
+        opening.set()
+        await go_on.wait()
+
+    shim.open_hook = slow
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(shim.create)
+        await opening.wait()
+        assert (await shim.fails("State", id="c1")).code is Code.NOT_FOUND
+        assert (await shim.fails("Create", id="c1", bundle=shim.bundle("c1"))).code is Code.ALREADY_EXISTS
+        await shim.call("Shutdown", id="c1")
+        go_on.set()
+    assert (await shim.call("State", id="c1")).status == 1
+
+
+async def test_a_create_whose_client_is_gone_is_undone(shim: Shim) -> None:
+    """A containerd that restarts during a Create never asks for that task again."""
+    creating, undone = trio.Event(), trio.Event()
+
+    async def hang(container_id: str) -> None:
+        creating.set()
+        try:
+            await trio.sleep_forever()
+        finally:
+            undone.set()
+
+    shim.prepare = lambda sandbox: setattr(sandbox, "create_hook", hang)
+    async with trio.open_nursery() as nursery:
+        other = Client(await trio.open_unix_socket(str(shim.socket)))
+        nursery.start_soon(other.run)
+        other.open_stream(TASK["Create"], task_v2_pb2.CreateTaskRequest(id="c1", bundle=shim.bundle("c1")))
+        await creating.wait()
+        await other.aclose()
+        with trio.fail_after(10):
+            await undone.wait()
+    shim.prepare = lambda sandbox: None
+    await shim.create("c2")
+    assert [sandbox.open for sandbox in shim.sandboxes] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, "config.json"),
+        ("{", "not JSON"),
+        ("[]", "object"),
+        ('{"ociVersion": "1.0"}', "process"),
+        (
+            '{"process": {"args": ["a"]}, "annotations": {"io.kubernetes.cri.container-type": "x"}}',
+            "container-type",
+        ),
+    ],
+)
+async def test_a_broken_bundle_is_an_invalid_argument_that_names_it(
+    shim: Shim, content: str | None, word: str
+) -> None:
+    bundle = Path(shim.bundle("c1"))
+    (bundle / "config.json").unlink()
+    if content is not None:
+        (bundle / "config.json").write_text(content)
+    error = await shim.fails("Create", id="c1", bundle=str(bundle))
+    assert error.code is Code.INVALID_ARGUMENT
+    assert word in error.message
+    assert shim.sandboxes == []
+
+
+async def test_stdio_that_cannot_be_is_refused_before_a_vm_is_booted(shim: Shim, tmp_path: Path) -> None:
+    for field_name, value in (
+        ("stdout", "ftp://x/y"),
+        ("stdin", str(tmp_path / "missing")),
+        ("stdout", str(tmp_path / "missing")),
+        ("stdout", "binary:///no/such/logger"),
+    ):
+        error = await shim.fails("Create", id="c1", bundle=shim.bundle("c1"), **{field_name: value})
+        assert error.code is Code.INVALID_ARGUMENT
+        assert value.rpartition("//")[2] in error.message
+    assert shim.sandboxes == []
+
+
+async def test_config_errors_reach_the_user(shim: Shim) -> None:
+    async def refuse(spec: object) -> None:
+        raise InvalidArgument("kernel '/no/vmlinux' does not exist")
+
+    shim.open_hook = refuse
+    error = await shim.fails("Create", id="c1", bundle=shim.bundle("c1"))
+    assert error.code is Code.INVALID_ARGUMENT
+    assert "/no/vmlinux" in error.message
+
+
+async def test_when_the_vm_dies_every_process_has_ended_and_can_be_deleted(shim: Shim) -> None:
+    await shim.run()
+    await shim.exec("running")
+    await shim.call("Exec", id="c1", exec_id="created", spec=EXEC_SPEC)
+    shim.sandboxes[0].die()
+    for exec_id in ("running", "created", ""):
+        assert (await shim.call("Wait", id="c1", exec_id=exec_id)).exit_status == 137
+        assert (await shim.call("State", id="c1", exec_id=exec_id)).status == 3
+    assert (await shim.call("Delete", id="c1")).exit_status == 137
+    topics = await shim.wait_events(8)
+    assert [topic for topic in topics if "exit" in topic] == ["/tasks/exit"] * 2
+    exits = [event for topic, event in shim.events if topic == "/tasks/exit"]
+    assert [event.id for event in exits] == ["running", "c1"]
+
+
+async def test_when_the_vm_dies_a_created_task_ends_too(shim: Shim) -> None:
+    await shim.create()
+    shim.sandboxes[0].gone.set()
+    assert (await shim.call("Wait", id="c1")).exit_status == 137
+    await shim.call("Delete", id="c1")
+
+
+async def test_kill_after_the_vm_died_is_no_error(shim: Shim) -> None:
+    container = await shim.run()
+    shim.sandboxes[0].gone.set()
+    await shim.call("Kill", id="c1", signal=9)
+    container.init.end(137)
+    assert (await shim.call("Wait", id="c1")).exit_status == 137
+
+
+async def test_execs_end_before_their_container_even_if_the_guest_forgets_them(shim: Shim) -> None:
+    container = await shim.run()
+    process = await shim.exec("e1")
+    process.dies_of = set()
+    container.init.end(0)
+    assert (await shim.call("Wait", id="c1", exec_id="e1")).exit_status == 137
+    assert (await shim.call("Wait", id="c1")).exit_status == 0
+    await shim.wait_events(6)
+    exits = [event.id for topic, event in shim.events if topic == "/tasks/exit"]
+    assert exits == ["e1", "c1"]
+    assert process.signals == [9]
+
+
+async def test_an_exec_that_fails_to_start_stays_created_and_can_be_tried_again(shim: Shim) -> None:
+    await shim.run()
+    await shim.call("Exec", id="c1", exec_id="e1", spec=EXEC_SPEC)
+
+    async def refuse(process: FakeProcess) -> None:
+        raise AgentError("ExecProcess", 13, 'exec: "nope": executable file not found in $PATH')
+
+    shim.sandboxes[0].start_hook = refuse
+    error = await shim.fails("Start", id="c1", exec_id="e1")
+    assert "executable file not found in $PATH" in error.message
+    assert (await shim.call("State", id="c1", exec_id="e1")).status == 1
+    shim.sandboxes[0].start_hook = nothing
+    await shim.call("Start", id="c1", exec_id="e1")
+    topics = await shim.wait_events(4)
+    assert topics == ["/tasks/create", "/tasks/start", "/tasks/exec-added", "/tasks/exec-started"]
+
+
+async def test_a_second_exec_of_the_same_id_already_exists(shim: Shim) -> None:
+    await shim.run()
+    await shim.call("Exec", id="c1", exec_id="e1", spec=EXEC_SPEC)
+    error = await shim.fails("Exec", id="c1", exec_id="e1", spec=EXEC_SPEC)
+    assert error.code is Code.ALREADY_EXISTS
+
+
+async def test_an_exec_is_shown_as_paused_while_its_container_is(shim: Shim) -> None:
+    await shim.run()
+    await shim.exec("e1")
+    await shim.call("Pause", id="c1")
+    assert (await shim.call("State", id="c1", exec_id="e1")).status == 4
+    await shim.call("Resume", id="c1")
+    assert (await shim.call("State", id="c1", exec_id="e1")).status == 2
+    topics = await shim.wait_events(6)
+    assert topics[-2:] == ["/tasks/paused", "/tasks/resumed"]
+
+
+async def test_one_of_two_deletes_at_once_wins_and_the_other_finds_nothing(shim: Shim) -> None:
+    await bring_to(shim, "stopped")
+    results: list[int] = []
+
+    async def delete() -> None:
+        try:
+            await shim.call("Delete", id="c1")
+            results.append(0)
+        except StatusError as exc:
+            results.append(exc.code)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(delete)
+        nursery.start_soon(delete)
+    assert sorted(results) == [0, Code.NOT_FOUND]
+    assert shim.container().deleted == 1
+
+
+async def test_a_delete_whose_client_gave_up_is_finished_anyway(shim: Shim) -> None:
+    await bring_to(shim, "stopped")
+    deleting, go_on = trio.Event(), trio.Event()
+
+    async def slow(container: FakeContainer) -> None:
+        deleting.set()
+        await go_on.wait()
+
+    shim.sandboxes[0].delete_hook = slow
+    async with trio.open_nursery() as nursery:
+        other = Client(await trio.open_unix_socket(str(shim.socket)))
+        nursery.start_soon(other.run)
+        other.open_stream(TASK["Delete"], task_v2_pb2.DeleteRequest(id="c1"))
+        await deleting.wait()
+        await other.aclose()
+    go_on.set()
+    topics = await shim.wait_events(4)
+    assert topics[-1] == "/tasks/delete"
+    assert (await shim.fails("Delete", id="c1")).code is Code.NOT_FOUND
+
+
+async def test_shutdown_with_a_task_left_changes_nothing(shim: Shim) -> None:
+    await shim.run()
+    await shim.call("Shutdown", id="c1")
+    assert (await shim.call("State", id="c1")).status == 2
+
+
+async def test_the_end_of_a_connection_ends_nothing(shim: Shim) -> None:
+    await shim.run()
+    await shim.client.aclose()
+    async with trio.open_nursery() as nursery:
+        shim.client = Client(await trio.open_unix_socket(str(shim.socket)))
+        nursery.start_soon(shim.client.run)
+        assert (await shim.call("State", id="c1")).status == 2
+        assert (await shim.call("Connect", id="c1")).shim_pid == os.getpid()
+        pids = (await shim.call("Pids", id="c1")).processes
+        assert [process.pid for process in pids] == [PID]
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_unknown_task_connects_without_error_and_has_no_pids(shim: Shim) -> None:
+    assert (await shim.call("Connect", id="x")).task_pid == 0
+    assert (await shim.fails("Pids", id="x")).code is Code.NOT_FOUND
+
+
+async def test_a_size_asked_for_before_start_is_applied_at_start(shim: Shim) -> None:
+    await shim.create(terminal=True)
+    await shim.call("ResizePty", id="c1", width=100, height=30)
+    assert shim.container().init.sizes == []
+    await shim.call("Start", id="c1")
+    assert shim.container().init.sizes == [(100, 30)]
+
+
+async def test_out_of_memory_is_announced_and_counted_after_the_exit(shim: Shim) -> None:
+    container = await shim.run()
+    container.counters = StatsContainerResponse()
+    await shim.sandboxes[0].oom_send.send("c1")
+    await shim.wait_events(3)
+    container.init.end(137)
+    await shim.call("Wait", id="c1")
+    container.counters = None
+    stats = (await shim.call("Stats", id="c1")).stats
+    assert stats.type_url.startswith("io.containerd.cgroups.v")
+    topics = await shim.wait_events(4)
+    assert topics[-2:] == ["/tasks/oom", "/tasks/exit"]
+
+
+async def test_a_pods_containers_share_the_sandbox_and_end_with_it(shim: Shim) -> None:
+    pod = {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": "p1"}
+    inside = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "p1"}
+    await shim.run("p1", annotations=pod)
+    await shim.run("c1", annotations=inside)
+    await shim.create("c2", annotations=inside)
+    assert len(shim.sandboxes) == 1
+    await shim.call("Kill", id="p1", signal=9)
+    for task_id in ("p1", "c1", "c2"):
+        assert (await shim.call("Wait", id=task_id)).exit_status == 137
+    for task_id in ("c1", "c2"):
+        await shim.call("Delete", id=task_id)
+    assert shim.sandboxes[0].open
+    await shim.call("Delete", id="p1")
+    assert not shim.sandboxes[0].open
+
+
+async def test_a_pods_container_without_its_sandbox_is_not_found(shim: Shim) -> None:
+    inside = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "p1"}
+    error = await shim.fails("Create", id="c1", bundle=shim.bundle("c1", annotations=inside))
+    assert error.code is Code.NOT_FOUND
+    assert shim.sandboxes == []
+
+
+async def test_update_wants_resources_and_checkpoint_is_not_there(shim: Shim) -> None:
+    container = await shim.run()
+    resources = AnyMessage(type_url="types.containerd.io/x/LinuxResources", value=b'{"cpu": {"shares": 2}}')
+    await shim.call("Update", id="c1", resources=resources)
+    assert container.resources == [{"cpu": {"shares": 2}}]
+    resources.type_url = "WindowsResources"
+    assert (await shim.fails("Update", id="c1", resources=resources)).code is Code.INVALID_ARGUMENT
+    assert (await shim.fails("Checkpoint", id="c1")).code is Code.UNIMPLEMENTED
+
+
+async def test_a_start_that_fails_leaves_the_task_deletable(shim: Shim) -> None:
+    await shim.create()
+
+    async def refuse(process: FakeProcess) -> None:
+        raise WrongState("not now")
+
+    shim.sandboxes[0].start_hook = refuse
+    assert (await shim.fails("Start", id="c1")).code is Code.FAILED_PRECONDITION
+    assert (await shim.call("State", id="c1")).status == 1
+    await shim.call("Delete", id="c1")
+    assert await shim.wait_events(2) == ["/tasks/create", "/tasks/delete"]
+
+
+async def test_a_signal_to_the_shim_ends_the_processes_and_says_so(shim: Shim) -> None:
+    await shim.run()
+    os.kill(os.getpid(), 15)
+    with trio.fail_after(10):
+        await shim.ended.wait()
+    assert await shim.wait_events(3) == ["/tasks/create", "/tasks/start", "/tasks/exit"]
+    assert shim.events[-1][1].exit_status == 137
+    assert not shim.sandboxes[0].open

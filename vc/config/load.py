@@ -96,7 +96,7 @@ def find(explicit: str | None, environ: Mapping[str, str], defaults: Sequence[Pa
     if named := environ.get(PATH_VARIABLE):
         return _resolve(named, f"the environment variable {PATH_VARIABLE}")
     for path in defaults:
-        if path.exists():
+        if os.access(path, os.F_OK):
             return _resolve(str(path), "the default places")
     tried = ", ".join(map(str, defaults))
     raise InvalidArgument(

@@ -6,6 +6,7 @@ Each check is a function from the configuration to findings, so that one that fa
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,9 @@ from vc.hypervisor.accelerator import AUTO, KVM, choose
 SHIM = "containerd-shim-kata-v2"
 RUNTIME_TYPE = "io.containerd.kata.v2"
 CONTAINERD_CONFIG = Path("/etc/containerd/config.toml")
+# containerd docs/cri/config.md: the plugin's name in configuration files of version 2, and of version 3 (2.x)
+CRI_PLUGIN_V2 = "io.containerd.grpc.v1.cri"
+CRI_PLUGIN_V3 = "io.containerd.cri.v1.runtime"
 HELPERS = ("setpriv", "nsenter", "unshare")  # util-linux; QEMU and virtiofsd are started through them
 VMM_MIB = 128  # what QEMU and virtiofsd take beside the guest's memory
 
@@ -164,8 +168,9 @@ def check_containerd() -> Iterator[Finding]:
         yield Finding(Level.OK, "containerd", f"{CONTAINERD_CONFIG} names {RUNTIME_TYPE}")
         return
     state = f"does not name {RUNTIME_TYPE}" if text else "does not exist"
+    plugin = CRI_PLUGIN_V3 if re.search(r"^version\s*=\s*3", text, re.MULTILINE) else CRI_PLUGIN_V2
     advice = (
-        f'for Kubernetes add [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.kata] '
+        f'for Kubernetes add [plugins."{plugin}".containerd.runtimes.kata] '
         f'runtime_type = "{RUNTIME_TYPE}"; `ctr run --runtime {RUNTIME_TYPE}` works without'
     )
     yield Finding(Level.WARN, "containerd", f"{CONTAINERD_CONFIG} {state}", advice)

@@ -124,6 +124,23 @@ def test_check_fails_for_memory_that_no_host_has(home: Path) -> None:
     assert lines_about("memory", done.stdout)[0].startswith("fail  memory: one VM takes up to 16777344 MiB")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "subject"),
+    [("accelerator", "kvm", "accelerator"), ("agent_transport", "hybrid-vsock", "agent transport")],
+)
+def test_check_fails_when_the_configuration_demands_what_cannot_work(
+    home: Path, key: str, value: str, subject: str
+) -> None:
+    """A QEMU that runs no machine has no KVM, whatever the host has; and QEMU has no hybrid vsock device."""
+    lines = [line for line in CONFIG.format(home=home).splitlines() if not line.startswith(key)]
+    (home / "configuration.toml").write_text("\n".join([*lines, f'{key} = "{value}"']))
+    done = run("check", config=home / "configuration.toml")
+    assert done.returncode == 1
+    assert lines_about(subject, done.stdout)[0].startswith(
+        f"fail  {subject}: {key if ' ' in subject else value}"
+    )
+
+
 def test_strict_takes_warnings_for_failures(home: Path) -> None:
     with (home / "configuration.toml").open("a") as file:
         file.write("enable_hugepages = true\n")

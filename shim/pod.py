@@ -26,6 +26,7 @@ from vc.config import Config
 from vc.errors import AlreadyExists, GuestGone, InvalidArgument, NotFound, VCError, WrongState
 from vc.oci import spec as oci
 from vc.oci.mounts import shm_bytes, source_of
+from vc.resources import Size, container_size, pod_size
 from vc.storage.look import look
 from vc.storage.mounts import Mount
 
@@ -425,9 +426,16 @@ def sandbox_spec(sandbox_id: str, spec: Mapping[str, Any], config: Config) -> Sa
         netns=oci.namespace(spec, "network"),
         dns=_lines_of(source_of(spec, "/etc/resolv.conf")),
         shm_bytes=shm_bytes(spec, look),
+        workload=_workload(spec),
         config_path=str(config.source),
         annotations=oci.read_annotations(spec),
     )
+
+
+def _workload(spec: Mapping[str, Any]) -> Size:
+    """Return what the pod is known to need: the kubelet's word for all of it, else this container's limits."""
+    told = pod_size(oci.read_annotations(spec))
+    return told if told != Size() else container_size((spec.get("linux") or {}).get("resources") or {})
 
 
 def _lines_of(path: str | None) -> tuple[str, ...]:

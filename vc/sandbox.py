@@ -26,11 +26,12 @@ from vc.agent_client.client import STREAMS_FEATURE, AgentClient
 from vc.background import background
 from vc.blocking import enter
 from vc.cleanup import start_ticks
-from vc.config import Config
+from vc.config import Config, apply_annotations
 from vc.container import Container
 from vc.errors import AlreadyExists, GuestGone, NotFound, Unsupported
 from vc.factory import Factory
 from vc.factory.direct import DirectFactory
+from vc.hypervisor.base import VMConfig
 from vc.hypervisor.configure import vm_config
 from vc.network.scan import interfaces_of
 from vc.oci.mounts import DEFAULT_SHM_BYTES, Plan, PlannedMount, clean, plan_mounts
@@ -41,6 +42,7 @@ from vc.persist import store
 from vc.persist.schema import SandboxRecord
 from vc.persist.store import Layout
 from vc.process import StdioRequest
+from vc.resources import Size, static_size
 from vc.storage.look import look
 from vc.storage.mounts import Mount
 from vc.storage.share import GUEST_SHARE, Share, container_rootfs, shared_directory, volume
@@ -59,7 +61,8 @@ class SandboxSpec:
     """What a sandbox is to be.
 
     `netns` is a path, "" for a new empty namespace, None for the host's own. `dns` are the lines of the
-    guest's resolv.conf. `config_path` is remembered in the record.
+    guest's resolv.conf. `workload` is what its containers need beside the configured default. The annotations
+    may override the configuration as far as that allows.
     """
 
     id: str
@@ -67,6 +70,7 @@ class SandboxSpec:
     netns: str | None = ""
     dns: tuple[str, ...] = ()
     shm_bytes: int = DEFAULT_SHM_BYTES
+    workload: Size = field(default_factory=Size)
     config_path: str = ""
     annotations: Mapping[str, str] = field(default_factory=dict)
 
@@ -75,9 +79,8 @@ class Sandbox:
     """A running sandbox. `open_sandbox` makes them."""
 
     def __init__(
-        self, spec: SandboxSpec, config: Config, share: Share, vm: VM, nursery: trio.Nursery, *, streams: bool
+        self, spec: SandboxSpec, config: Config, share: Share, vm: VM, nursery: trio.Nursery
     ) -> None:
-        """`streams`: the agent gives each stdio stream a connection of its own."""
         self.id = spec.id
         self.spec = spec
         self.containers: dict[str, Container] = {}
@@ -85,7 +88,8 @@ class Sandbox:
         self._share = share
         self._vm = vm
         self._nursery = nursery
-        self._streams = streams
+        # Whether the agent gives each stdio stream a connection of its own.
+        self._streams = STREAMS_FEATURE in vm.details.agent_details.extra_features
         self._claimed: set[str] = set()
 
     @property
@@ -134,20 +138,7 @@ class Sandbox:
             files = container_rootfs(self._share, container_id, rootfs_mounts, rootfs, read_only=read_only)
             guest_root = await enter(undo, files)
             mounts = await self._share_volumes(undo, container_id, spec)
-            translated = guest_spec(
-                spec,
-                root_path=guest_root,
-                mounts=mounts,
-                seccomp=not self._config.runtime.disable_guest_seccomp,
-            )
-            for note in translated.notes:
-                log.info("container %s: %s", container_id, note)
-            request = agent_pb2.CreateContainerRequest(
-                container_id=container_id,
-                exec_id=container_id,  # Kata's exec id of an init process
-                OCI=translated.spec,
-                sandbox_pidns=translated.sandbox_pidns,
-            )
+            request = self._translate(container_id, spec, guest_root, mounts)
             container = Container(
                 container_id,
                 self._vm.agent,
@@ -159,6 +150,27 @@ class Sandbox:
             container.keep(undo.pop_all())
             self.containers[container_id] = container
             return container
+
+    def _translate(
+        self, container_id: str, spec: Mapping[str, Any], guest_root: str, mounts: Sequence[SpecMount]
+    ) -> agent_pb2.CreateContainerRequest:
+        """Make the order to the agent. Raises: InvalidArgument, Unsupported."""
+        seccomp = not self._config.runtime.disable_guest_seccomp
+        translated = guest_spec(spec, root_path=guest_root, mounts=mounts, seccomp=seccomp)
+        able = self._vm.details.agent_details.supports_seccomp
+        if translated.spec.Linux.HasField("Seccomp") and not able:
+            raise Unsupported(
+                f"container {container_id!r} has a seccomp profile, which the agent does not support; "
+                "use a guest that does, or set disable_guest_seccomp = true to run it without"
+            )
+        for note in translated.notes:
+            log.info("container %s: %s", container_id, note)
+        return agent_pb2.CreateContainerRequest(
+            container_id=container_id,
+            exec_id=container_id,  # Kata's exec id of an init process
+            OCI=translated.spec,
+            sandbox_pidns=translated.sandbox_pidns,
+        )
 
     def _forget(self, container_id: str) -> None:
         self.containers.pop(container_id, None)
@@ -201,7 +213,10 @@ async def open_sandbox(
         AlreadyExists: there is one of this id, alive or not cleaned up.
         VCError: why it cannot be; nothing is left of it then.
     """
-    layout = Layout(Path(config.runtime.run_dir))
+    config = apply_annotations(config, spec.annotations)
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    layout = Layout(config.runtime.run_dir)
     vmid = secrets.token_hex(8)
     async with AsyncExitStack() as stack:
         lock = store.claim(layout, spec.id)
@@ -212,18 +227,25 @@ async def open_sandbox(
         await enter(stack, shared_directory(share))
         maker = factory or DirectFactory()
         vm = await stack.enter_async_context(
-            maker.vm(vm_config(config), vmid=vmid, shared_dir=share.shared, netns=spec.netns)
+            maker.vm(_vm_config(spec, config), vmid=vmid, shared_dir=share.shared, netns=spec.netns)
         )
         _report_interfaces(spec, vm.machine.pid)
         nursery = await stack.enter_async_context(background())
         await _prepare_guest(spec, config, vm.agent)
-        streams = STREAMS_FEATURE in vm.details.agent_details.extra_features
-        yield Sandbox(spec, config, share, vm, nursery, streams=streams)
+        yield Sandbox(spec, config, share, vm, nursery)
 
 
 def _record(spec: SandboxSpec, vmid: str) -> SandboxRecord:
     pid = os.getpid()
     return SandboxRecord(spec.id, vmid, pid, start_ticks(pid), spec.config_path, time.time())
+
+
+def _vm_config(spec: SandboxSpec, config: Config) -> VMConfig:
+    """Describe a VM that has what the configuration gives and what the workload needs on top."""
+    default = Size(config.hypervisor.default_vcpus, config.hypervisor.default_memory)
+    size = static_size(default, spec.workload)
+    vcpus = min(int(size.vcpus), config.hypervisor.default_maxvcpus)
+    return vm_config(config, vcpus=vcpus, memory_mib=size.memory_mib)
 
 
 def _report_interfaces(spec: SandboxSpec, vmm_pid: int) -> None:

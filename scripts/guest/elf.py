@@ -38,15 +38,34 @@ class Linkage:
 
 def section(data: bytes, name: str) -> bytes:
     """Return the bytes of a section; empty if the file has none of that name."""
-    (table,) = struct.unpack_from("<Q", data, SECTION_TABLE)
+    at = _section_header(data, name)
+    if at is None:
+        return b""
+    header = SECTION.unpack_from(data, at)
+    return data[header[4] : header[4] + header[5]]
+
+
+def with_empty_section(data: bytes, name: str) -> bytes:
+    """Return the file with that section's size set to 0; unchanged if there is none of that name."""
+    at = _section_header(data, name)
+    if at is None:
+        return data
+    header = list(SECTION.unpack_from(data, at))
+    header[5] = 0
+    return data[:at] + SECTION.pack(*header) + data[at + SECTION.size :]
+
+
+def _section_header(data: bytes, name: str) -> int | None:
+    table: int = struct.unpack_from("<Q", data, SECTION_TABLE)[0]
+    size: int
     size, count, names = struct.unpack_from("<HHH", data, SECTION_COUNTS)
-    headers = [SECTION.unpack_from(data, table + index * size) for index in range(count)]
-    names_at = headers[names][4]
-    for header in headers:
-        start = names_at + header[0]
+    names_at: int = SECTION.unpack_from(data, table + names * size)[4]
+    for index in range(count):
+        at = table + index * size
+        start = names_at + SECTION.unpack_from(data, at)[0]
         if data[start : data.index(b"\0", start)].decode() == name:
-            return data[header[4] : header[4] + header[5]]
-    return b""
+            return at
+    return None
 
 
 def linkage(data: bytes) -> Linkage:

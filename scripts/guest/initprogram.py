@@ -130,7 +130,7 @@ def _code(calls: Sequence[Call], strings: _Strings, strings_at: int) -> bytes:
 
 
 def _failure(strings: _Strings, strings_at: int) -> bytes:
-    """With -errno in rax and the text in rsi and rdx: write it to the kernel log and exit with errno (a panic)."""
+    """With -errno in rax and the text in rsi and rdx: log it, exit with errno (which makes a panic)."""
     out = b"\x49\x89\xc4\x49\x89\xf5\x49\x89\xd6"  # mov r12, rax; mov r13, rsi; mov r14, rdx
     out += _one(Call(SYS_OPEN, ("/dev/kmsg", 1)), strings, strings_at)
     out += b"\x48\x89\xc7\x4c\x89\xee\x4c\x89\xf2"  # mov rdi, rax; mov rsi, r13; mov rdx, r14

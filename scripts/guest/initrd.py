@@ -23,7 +23,7 @@ from guest.initprogram import (
     Operand,
     assemble,
 )
-from guest.kernel import Module
+from guest.kernel import Module, stripped
 from guest.tree import Tree
 
 # include/uapi/linux/mount.h
@@ -42,7 +42,7 @@ def initrd_tree(modules: Sequence[Module], boot_modules: Sequence[str]) -> Tree:
     # Where the kernel's own messages about a missing root end up before devtmpfs is there.
     tree.character_device("dev/console", 5, 1, 0o600)
     for module in modules:
-        tree.file(f"modules/{module.name}.ko", module.data)
+        tree.file(f"modules/{module.name}.ko", stripped(module.data))
     tree.file("init", assemble(init_calls([module.name for module in modules], boot_modules)), 0o755)
     return tree
 

@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from guest.data import BuildError
-from guest.elf import ELF_MAGIC, section
+from guest.elf import ELF_MAGIC, section, with_empty_section
 
 SETUP_SECTORS = 0x1F1  # boot.rst: setup_sects, one byte
 HEADER_MAGIC = 0x202  # boot.rst: "HdrS"
 PAYLOAD = 0x248  # boot.rst: payload_offset and payload_length, 4 bytes each
 SECTOR_BYTES = 512
 LZ4_LEGACY_MAGIC = 0x184C2102  # lz4_Frame_format.md, "Legacy frame"
+SIGNATURE_END = b"~Module signature appended~\n"  # include/linux/module_signature.h
+SIGNATURE_INFO = struct.Struct(">8xI")  # struct module_signature: its last field is the signature's length
 LZ4_LEGACY_BLOCK = 8 << 20  # bytes a block unpacks to at most: lz4_Frame_format.md, "Legacy frame"
 
 
@@ -119,7 +121,7 @@ class Modules:
         self._builtin = {_name_of(line) for line in builtin.split()}
 
     def closure(self, names: Iterable[str]) -> list[Module]:
-        """Return the modules with all they depend on, dependencies first, each once, without built-in ones."""
+        """Return the modules with all they depend on, dependencies first, each once, no built-in ones."""
         order: dict[str, Module] = {}
 
         def visit(name: str, needed_by: str) -> None:
@@ -151,6 +153,19 @@ def module_of(path: str, data: bytes) -> Module:
     if path.endswith(".xz"):
         path, data = path.removesuffix(".xz"), lzma.decompress(data)
     return Module(_name_of(path), path, data)
+
+
+def stripped(data: bytes) -> bytes:
+    """Take signature and type information off a module: checking and parsing them takes longer than the rest.
+
+    The kernel does not insist on signatures (CONFIG_MODULE_SIG_FORCE is off), and whoever could replace a
+    module in the guest's image could replace the kernel beside it. The types (BTF) are for tracing tools.
+    """
+    if data.endswith(SIGNATURE_END):
+        end = len(data) - len(SIGNATURE_END) - SIGNATURE_INFO.size
+        (length,) = SIGNATURE_INFO.unpack_from(data, end)
+        data = data[: end - length]
+    return with_empty_section(data, ".BTF")
 
 
 def is_module(path: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from guest.data import BuildError, Recipe, Selection
 from guest.elf import without_library
-from guest.kernel import Module, Modules, is_module, module_of
+from guest.kernel import Module, Modules, is_module, module_of, stripped
 from guest.tree import MERGED, Tree, normal_path
 
 SITE = "usr/lib/pykata"  # the agent and its wheels; init puts it on sys.path
@@ -142,13 +142,13 @@ def add_modules(tree: Tree, version: str, modules: Modules, names: Iterable[str]
     directory = f"usr/lib/modules/{version}"
     chosen = modules.closure(names)
     for module in chosen:
-        tree.file(f"{directory}/{module.path}", module.data)
+        tree.file(f"{directory}/{module.path}", stripped(module.data))
     for name, text in modules.index(chosen).items():
         tree.file(f"{directory}/{name}", text.encode())
 
 
 def compile_python(root: Path, script: Path) -> None:
-    """Replace every .py below a written root by a .pyc, with the guest's own Python (the format is its own)."""
+    """Replace each .py of a written root by a .pyc, with the guest's own Python (formats differ)."""
     # Through the guest's loader, so that neither a chroot nor the machine's libraries are involved.
     # PYTHONHASHSEED: the order of a set's elements must not depend on the run.
     argv = [

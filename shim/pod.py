@@ -433,7 +433,7 @@ def sandbox_spec(sandbox_id: str, spec: Mapping[str, Any], config: Config) -> Sa
 
 
 def _workload(spec: Mapping[str, Any]) -> Size:
-    """Return what the pod is known to need: the kubelet's word for all of it, else this container's limits."""
+    """Return what the pod is known to need: the kubelet's word for it, else this container's limits."""
     told = pod_size(oci.read_annotations(spec))
     return told if told != Size() else container_size((spec.get("linux") or {}).get("resources") or {})
 

@@ -15,6 +15,7 @@ from agent import cgroups, jsontext, oci, process
 from agent.errors import AlreadyExists, InvalidArgument, RuntimeFailed, WrongState, no_exec
 
 if TYPE_CHECKING:
+    from agent.oom import Watcher
     from agent.process import Ports, Process
     from agent.runtime import Crun
     from agent.schema import agent as messages
@@ -24,6 +25,8 @@ CREATING, CREATED, RUNNING, PAUSED, STOPPED = "creating", "created", "running", 
 
 SIGTERM, SIGKILL = 15, 9
 KILL_SECONDS = 10.0  # for a killed process to be gone: one in the kernel can take its time
+TERMINATION_LOG_PATH = "io.kubernetes.container.terminationMessagePath"
+MAX_TERMINATION_LOG = 4096  # Kubernetes' limit, in bytes
 MAX_ENDED_EXECS = 256  # whose exit is remembered for a late or repeated WaitProcess
 
 _ID_START = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
@@ -43,7 +46,7 @@ def check_id(container_id: str) -> None:
 class Container:
     """A container and its processes. Made by `Sandbox.create_container`."""
 
-    def __init__(self, container_id: str, bundle: str, crun: Crun, *, pipe_size: int) -> None:
+    def __init__(self, container_id: str, bundle: str, crun: Crun, oom: Watcher, *, pipe_size: int) -> None:
         self.id = container_id
         self.bundle = bundle
         self.lock = threading.RLock()
@@ -56,6 +59,7 @@ class Container:
         self._execs: dict[str, Process] = {}
         self._table_lock = threading.Lock()  # of `_execs`; held for moments only
         self._crun = crun
+        self._oom = oom
         self._pipe_size = pipe_size
 
     # Making
@@ -78,9 +82,11 @@ class Container:
         self.cgroup = cgroups.of_process(self.init.pid)
         self.state = CREATED
         self.init.on_end(self._init_ended)
+        self._oom.add(self.id, self.cgroup)
 
     def _init_ended(self, _status: int) -> None:
         self.state = STOPPED
+        self._oom.check(self.id)
 
     def start(self) -> None:
         """Run the program."""
@@ -207,6 +213,19 @@ class Container:
         """Return what the cgroup has counted."""
         return self.cgroup.stats()
 
+    def termination_log(self) -> str:
+        """Return what the container wrote as its last words, at most MAX_TERMINATION_LOG bytes."""
+        spec = self.spec
+        inside = spec.Annotations.get(TERMINATION_LOG_PATH, "") if spec is not None else ""
+        for entry in spec.Mounts if spec is not None and inside else ():
+            if entry.destination == inside:
+                try:
+                    with open(entry.source, "rb") as file:
+                        return file.read(MAX_TERMINATION_LOG).decode("utf-8", "replace")
+                except OSError:
+                    break
+        return ""
+
     def destroy(self) -> None:
         """Kill what runs, and remove the container and all we know of it. Goes on when a step fails.
 
@@ -216,6 +235,7 @@ class Container:
         problems: list[str] = []
         with self.lock:
             self.kill_all()
+            self._oom.remove(self.id)
             if self.init is not None and self.init.wait(KILL_SECONDS) is None:
                 problems.append(f"init process {self.init.pid} does not end")
             try:

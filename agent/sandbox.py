@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-from agent import log, modules, mounts, oci, storage
+from agent import files, log, modules, mounts, oci, oom, storage
 from agent.container import Container, check_id, remove_tree
 from agent.errors import AgentError, AlreadyExists, WrongState, no_container
 from agent.process import Ports
@@ -42,6 +42,7 @@ class Sandbox:
         self._shared_pid_namespace = ""
         self._ooms: deque[str] = deque()
         self._oom_changed = threading.Condition()
+        self._oom = oom.Watcher(self.report_oom)
         self._destroyed = False
         self._dns_mounted = False
         self.on_destroyed: Callable[[], None] | None = None  # called after the host has its answer
@@ -98,6 +99,18 @@ class Sandbox:
             self._oom_changed.notify_all()
         self.id = ""
 
+    def forget_stale_mounts(self) -> None:
+        """Look at everything mounted in the share: the kernel drops what the host has removed when it is
+        asked.
+        """
+        share = f"{self.root}/{files.SHARE}"
+        for entry in mounts.mounted():
+            if entry.target.startswith(share):
+                try:
+                    os.stat(entry.target)
+                except OSError:
+                    pass  # that is what it was asked for
+
     # Containers
 
     def container(self, container_id: str) -> Container:
@@ -122,7 +135,7 @@ class Sandbox:
         container_id = request.container_id
         check_id(container_id)
         container = Container(
-            container_id, f"{self.root}/{container_id}", self._crun, pipe_size=self._pipe_size
+            container_id, f"{self.root}/{container_id}", self._crun, self._oom, pipe_size=self._pipe_size
         )
         with self._lock:
             if container_id in self._containers or os.path.exists(container.bundle):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from agent import oci, schema
+from agent import oci, schema, system
 from agent.errors import InvalidArgument
 from agent.process import Ports
 from agent.schema import EMPTY
@@ -13,11 +13,10 @@ from agent.version import VERSION
 if TYPE_CHECKING:
     from agent.channel import Dispatcher
     from agent.sandbox import Sandbox
-    from agent.schema import Empty, health
+    from agent.schema import Empty, health, types
     from agent.schema import agent as messages
 
 API_VERSION = "0.0.1"  # what Kata's agent answers as grpc_version
-FEATURES = ("stdio-streams",)
 MAX_READ = 1 << 20  # bytes of one Read call, whatever the host asks for
 
 
@@ -97,6 +96,24 @@ class AgentService:
         self._sandbox.container(request.container_id).resume()
         return EMPTY
 
+    def stats_container(self, request: messages.StatsContainerRequest) -> messages.StatsContainerResponse:
+        """Say what a container uses. The network is the pod's: the guest has one."""
+        from agent import network
+
+        return schema.agent.StatsContainerResponse(
+            cgroup_stats=self._sandbox.container(request.container_id).stats(),
+            network_stats=network.statistics(),
+        )
+
+    def get_diagnostic_data(
+        self, request: messages.GetDiagnosticDataRequest
+    ) -> messages.GetDiagnosticDataResponse:
+        """Return the termination log of a container, the only kind there is."""
+        if request.log_type != "termination_log":
+            raise InvalidArgument(f'unknown log type "{request.log_type}": termination_log is known')
+        data = self._sandbox.container(request.container_id).termination_log()
+        return schema.agent.GetDiagnosticDataResponse(data=data)
+
     # Standard streams
 
     def write_stdin(self, request: messages.WriteStreamRequest) -> messages.WriteStreamResponse:
@@ -142,6 +159,122 @@ class AgentService:
         """Remove everything."""
         self._sandbox.destroy()
         return EMPTY
+
+    def get_guest_details(self, request: messages.GuestDetailsRequest) -> messages.GuestDetailsResponse:
+        """Say what this guest can do."""
+        return system.details(block_size=request.mem_block_size, probe=request.mem_hotplug_probe)
+
+    def get_metrics(self, _request: messages.GetMetricsRequest) -> messages.Metrics:
+        """Say what the guest measures."""
+        from agent import metrics
+
+        return schema.agent.Metrics(metrics=metrics.collect())
+
+    def get_oom_event(self, _request: messages.GetOOMEventRequest) -> messages.OOMEvent:
+        """Wait until the kernel kills something in a container for want of memory."""
+        return schema.agent.OOMEvent(container_id=self._sandbox.wait_oom())
+
+    def online_cpu_mem(self, request: messages.OnlineCPUMemRequest) -> Empty:
+        """Use processors and memory that were plugged in."""
+        system.online(request.nb_cpus, memory=not request.cpu_only)
+        return EMPTY
+
+    def mem_hotplug_by_probe(self, request: messages.MemHotplugByProbeRequest) -> Empty:
+        """Tell the kernel of plugged memory."""
+        system.probe_memory(request.memHotplugProbeAddr)
+        return EMPTY
+
+    def reseed_random_dev(self, request: messages.ReseedRandomDevRequest) -> Empty:
+        """Make random numbers unlike those of another guest from the same template."""
+        system.reseed(request.data)
+        return EMPTY
+
+    def set_guest_date_time(self, request: messages.SetGuestDateTimeRequest) -> Empty:
+        """Set the clock."""
+        system.set_clock(request.Sec, request.Usec)
+        return EMPTY
+
+    # Storage
+
+    def copy_file(self, request: messages.CopyFileRequest) -> Empty:
+        """Take a piece of a file for the share."""
+        from agent import files
+
+        files.copy_file(self._sandbox.root, request)
+        return EMPTY
+
+    def update_ephemeral_mounts(self, request: messages.UpdateEphemeralMountsRequest) -> Empty:
+        """Change the options, such as the size, of memory file systems."""
+        for entry in request.storages:
+            self._sandbox.storages.remount(entry)
+        return EMPTY
+
+    def remove_stale_virtiofs_share_mounts(
+        self, _request: messages.RemoveStaleVirtiofsShareMountsRequest
+    ) -> Empty:
+        """Make the kernel notice what the host has taken out of the share."""
+        self._sandbox.forget_stale_mounts()
+        return EMPTY
+
+    def add_swap(self, request: messages.AddSwapRequest) -> Empty:
+        """Use a plugged disk as swap."""
+        from agent import devices
+
+        path = "/".join(f"{slot:02x}" for slot in request.PCIPath)
+        system.swap_on(devices.block_device("blk", path))
+        return EMPTY
+
+    def add_swap_path(self, request: messages.AddSwapPathRequest) -> Empty:
+        """Use a device as swap."""
+        system.swap_on(request.path)
+        return EMPTY
+
+    def get_volume_stats(self, request: messages.VolumeStatsRequest) -> messages.VolumeStatsResponse:
+        """Say how full a volume is."""
+        return system.volume_stats(request.volume_guest_path)
+
+    # Network
+
+    def update_interface(self, request: messages.UpdateInterfaceRequest) -> types.Interface:
+        """Make an interface what the host wants."""
+        from agent import network
+
+        return network.update_interface(request.interface)
+
+    def list_interfaces(self, _request: messages.ListInterfacesRequest) -> messages.Interfaces:
+        """Return all interfaces."""
+        from agent import network
+
+        return schema.agent.Interfaces(Interfaces=network.list_interfaces())
+
+    def update_routes(self, request: messages.UpdateRoutesRequest) -> messages.Routes:
+        """Add routes; returns all there are."""
+        from agent import network
+
+        return schema.agent.Routes(Routes=network.update_routes(request.routes.Routes))
+
+    def list_routes(self, _request: messages.ListRoutesRequest) -> messages.Routes:
+        """Return all routes."""
+        from agent import network
+
+        return schema.agent.Routes(Routes=network.list_routes())
+
+    def add_arp_neighbors(self, request: messages.AddARPNeighborsRequest) -> Empty:
+        """Add neighbours."""
+        from agent import network
+
+        network.add_neighbours(request.neighbors.ARPNeighbors)
+        return EMPTY
+
+    def get_ip_tables(self, request: messages.GetIPTablesRequest) -> messages.GetIPTablesResponse:
+        """Return the rules of the packet filter."""
+        data = system.iptables(self._sandbox.reaper, ipv6=request.is_ipv6)
+        return schema.agent.GetIPTablesResponse(data=data)
+
+    def set_ip_tables(self, request: messages.SetIPTablesRequest) -> messages.SetIPTablesResponse:
+        """Set the rules of the packet filter."""
+        data = system.iptables(self._sandbox.reaper, ipv6=request.is_ipv6, rules=request.data)
+        return schema.agent.SetIPTablesResponse(data=data)
 
     def answered(self, name: str) -> None:
         """Do what must wait until a call has been answered: a guest without a sandbox has no purpose."""

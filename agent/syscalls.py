@@ -62,6 +62,11 @@ def unmount(target: str, flags: int = MNT_DETACH | UMOUNT_NOFOLLOW) -> None:
     _call("umount2", os.fsencode(target), _Int(flags))
 
 
+def swap_on(path: str) -> None:
+    """Use a device or file as swap."""
+    _call("swapon", os.fsencode(path), _Int(0))
+
+
 def power_off() -> None:
     """Turn the machine off. Returns only if it cannot."""
     _call("reboot", _Int(RB_POWER_OFF - (1 << 32) if RB_POWER_OFF >> 31 else RB_POWER_OFF))

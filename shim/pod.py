@@ -44,6 +44,7 @@ SANDBOX_END_WAIT = (
     5.0  # seconds that a Delete waits for the VM's end; Delete has 10 in all, and it goes on behind
 )
 MAX_RESOLV_CONF = 64 << 10  # characters
+EXITS_WAIT = 1.0  # seconds for the exits of a sandbox that was ended by a signal
 OUTPUT_END_WAIT = 1.0  # seconds for what a killed background process has still written
 # signal(7): 0 only probes; the others are ignored, or stop or continue, by default.
 HARMLESS_SIGNALS = frozenset({0, 17, 18, 19, 20, 21, 22, 23, 28})
@@ -204,14 +205,13 @@ class Pod:
         while True:
             try:
                 container_id = await sandbox.wait_oom()
-                task = self.tasks.find(container_id)
-            except NotFound:
-                continue  # deleted meanwhile
             except VCError as exc:
                 log.debug("sandbox %s: out-of-memory events end: %s", sandbox.id, exc)
                 return
-            task.oom_killed = True
-            self._announcer.out_of_memory(task)
+            for task in self.tasks:  # none if it was deleted meanwhile
+                if task.id == container_id:
+                    task.oom_killed = True
+                    self._announcer.out_of_memory(task)
 
     async def end_sandbox(self, limit: float) -> None:
         """End the VM and all that belongs to it; wait at most `limit` seconds, also when cancelled."""
@@ -222,11 +222,17 @@ class Pod:
     async def end(self, limit: float) -> None:
         """End everything, as at a signal: the processes are killed and their exits announced."""
         await self.end_sandbox(limit)
-        with trio.move_on_after(limit, shield=True):
-            for task in self.tasks:
-                await task.init.exited.wait()
-            for task in self.tasks:
-                await self._close_io(task.init)
+        records = [record for task in self.tasks for record in (*task.execs.values(), task.init)]
+        with trio.CancelScope(shield=True):  # bounded by the two waits, and by what `close` waits for
+            await self._wait_exited(records)
+            for record in records:
+                await self._close_io(record)
+            await self._wait_exited(records)  # of those whose output nobody took
+
+    async def _wait_exited(self, records: list[ProcessRecord]) -> None:
+        with trio.move_on_after(EXITS_WAIT):
+            for record in records:
+                await record.exited.wait()
 
     # Start, exec, delete
 
@@ -243,8 +249,9 @@ class Pod:
                 await self._start_exec(task, record)
             else:
                 await task.container.start()
-            if record.exit is None:
-                record.state = State.RUNNING
+            if record.exit is not None:  # and that has been announced: nothing may follow it
+                raise GuestGone(f"{record.name} ended while it was being started")
+            record.state = State.RUNNING
             self._announcer.started(record)
             self._nursery.start_soon(record.io.run, record.process)
             self._exits.watch(task, record)
@@ -300,7 +307,11 @@ class Pod:
         record.end(LOST_STATUS, time.time())  # only has an effect if it never ran: its waiters must not hang
         await self._close_io(record)
         del task.execs[record.exec_id]
-        task.container.forget_exec(record.exec_id)
+        try:
+            task.container.forget_exec(record.exec_id)
+        except VCError as exc:
+            # Its end was only supposed, with its container's; it goes when the container does.
+            log.debug("%s: %s", record.name, exc)
 
     async def _drop_task(self, task: Task) -> None:
         task.init.end(KILLED_STATUS, time.time())  # only has an effect if it never ran

@@ -51,7 +51,9 @@ class FakeProcess:
     def __init__(self, sandbox: FakeSandbox, exec_id: str) -> None:
         self.sandbox = sandbox
         self.exec_id = exec_id
-        self.stdin = self.stdout = self.stderr = None
+        self.stdin: trio.abc.SendStream | None = None
+        self.stdout: trio.abc.ReceiveStream | None = None
+        self.stderr: trio.abc.ReceiveStream | None = None
         self.signals: list[int] = []
         self.sizes: list[tuple[int, int]] = []
         self.exit: Exit | None = None
@@ -789,6 +791,49 @@ async def test_a_start_that_fails_leaves_the_task_deletable(shim: Shim) -> None:
     assert (await shim.call("State", id="c1")).status == 1
     await shim.call("Delete", id="c1")
     assert await shim.wait_events(2) == ["/tasks/create", "/tasks/delete"]
+
+
+async def test_a_signal_to_the_shim_is_obeyed_although_nobody_reads_the_output(shim: Shim) -> None:
+    out = shim.bundles / "out"
+    os.mkfifo(out)
+    reader = os.open(out, os.O_RDONLY | os.O_NONBLOCK)
+    await shim.create(stdout=str(out))
+    send, shim.container().init.stdout = trio.testing.memory_stream_one_way_pair()
+    await send.send_all(bytes(4 << 20))
+    await shim.call("Start", id="c1")
+    os.kill(os.getpid(), 15)
+    with trio.fail_after(10):
+        await shim.ended.wait()
+    os.close(reader)
+    assert await shim.wait_events(3) == ["/tasks/create", "/tasks/start", "/tasks/exit"]
+
+
+async def test_an_exec_whose_end_was_only_supposed_can_be_deleted(shim: Shim) -> None:
+    container = await shim.run()
+    process = await shim.exec("e1")
+    process.dies_of = set()
+    container.init.end(0)
+    await shim.call("Wait", id="c1")
+
+    def refuse(exec_id: str) -> None:
+        raise WrongState("it is running")
+
+    container.forget_exec = refuse  # type: ignore[method-assign]
+    await shim.call("Delete", id="c1", exec_id="e1")
+    assert (await shim.fails("State", id="c1", exec_id="e1")).code is Code.NOT_FOUND
+
+
+async def test_a_vm_that_dies_during_a_start_leaves_no_start_after_the_exit(shim: Shim) -> None:
+    async def die(process: FakeProcess) -> None:
+        shim.sandboxes[0].gone.set()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+
+    await shim.create()
+    shim.sandboxes[0].start_hook = die
+    assert (await shim.fails("Start", id="c1")).code is Code.INTERNAL
+    assert (await shim.call("Wait", id="c1")).exit_status == 137
+    await shim.call("Delete", id="c1")
+    assert await shim.wait_events(3) == ["/tasks/create", "/tasks/exit", "/tasks/delete"]
 
 
 async def test_a_signal_to_the_shim_ends_the_processes_and_says_so(shim: Shim) -> None:

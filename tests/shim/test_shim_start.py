@@ -288,6 +288,15 @@ def test_delete_of_a_pods_container_leaves_the_pod_alone(made: Bundle) -> None:
     probe.close()
 
 
+def test_delete_removes_what_the_sandbox_left_in_its_run_directory(made: Bundle) -> None:
+    left = made.sockets / "run" / "sbs" / "ns--c1"
+    left.mkdir(parents=True)
+    (left / "lock").touch()
+    (made.path / "run-dir").write_text(str(made.sockets / "run"))
+    made.shim("delete", "-bundle", str(made.path))
+    assert not left.exists()
+
+
 def test_delete_never_signals_a_process_that_is_not_the_server(made: Bundle) -> None:
     """A process id in a file may have been given to somebody else since."""
     bystander = subprocess.Popen(["/bin/sleep", "60"])

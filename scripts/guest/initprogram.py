@@ -61,14 +61,17 @@ class Call:
     save: bool = False
 
 
-def assemble(calls: Sequence[Call]) -> bytes:
-    """Return an ELF program that makes the calls in order and then exits with status 1."""
+def assemble(calls: Sequence[Call], log: str = "/dev/kmsg") -> bytes:
+    """Return an ELF program that makes the calls in order and then exits with status 1.
+
+    The text of a failure goes to the file `log`, which must exist.
+    """
     strings = _Strings()
     # Two passes: code has the same length whatever the addresses are, so the first pass tells where strings
     # begin.
-    length = len(_code(calls, strings, strings_at=0))
+    length = len(_code(calls, strings, 0, log))
     strings_at = BASE + CODE_AT + length
-    code = _code(calls, strings, strings_at)
+    code = _code(calls, strings, strings_at, log)
     assert len(code) == length
     body = code + strings.data
     total = CODE_AT + len(body)
@@ -109,7 +112,7 @@ class _Strings:
         return self._offsets[text]
 
 
-def _code(calls: Sequence[Call], strings: _Strings, strings_at: int) -> bytes:
+def _code(calls: Sequence[Call], strings: _Strings, strings_at: int, log: str) -> bytes:
     """Machine code of the calls, then exit, then what happens on failure."""
     out = bytearray()
     jumps: list[int] = []
@@ -126,13 +129,13 @@ def _code(calls: Sequence[Call], strings: _Strings, strings_at: int) -> bytes:
     out += LOAD[0] + struct.pack("<I", 1) + LOAD_EAX + struct.pack("<I", SYS_EXIT_GROUP) + SYSCALL
     for end in jumps:
         out[end - 4 : end] = struct.pack("<i", len(out) - end)
-    return bytes(out + _failure(strings, strings_at))
+    return bytes(out + _failure(strings, strings_at, log))
 
 
-def _failure(strings: _Strings, strings_at: int) -> bytes:
+def _failure(strings: _Strings, strings_at: int, log: str) -> bytes:
     """With -errno in rax and the text in rsi and rdx: log it, exit with errno (which makes a panic)."""
     out = b"\x49\x89\xc4\x49\x89\xf5\x49\x89\xd6"  # mov r12, rax; mov r13, rsi; mov r14, rdx
-    out += _one(Call(SYS_OPEN, ("/dev/kmsg", 1)), strings, strings_at)
+    out += _one(Call(SYS_OPEN, (log, 1)), strings, strings_at)
     out += b"\x48\x89\xc7\x4c\x89\xee\x4c\x89\xf2"  # mov rdi, rax; mov rsi, r13; mov rdx, r14
     out += LOAD_EAX + struct.pack("<I", SYS_WRITE) + SYSCALL
     out += b"\x4c\x89\xe7\x48\xf7\xdf"  # mov rdi, r12; neg rdi

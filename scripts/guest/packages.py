@@ -96,11 +96,14 @@ class Apt:
         """Ask apt about packages; unknown ones are simply not known afterwards."""
         if not names:
             return
-        shown = _run_apt(["apt-cache", "show", *names])
+        self.add(_run_apt(["apt-cache", "show", *names]), _run_apt(["apt-cache", "policy", *names]))
+
+    def add(self, shown: str, policy: str) -> None:
+        """Take in the output of `apt-cache show` and `apt-cache policy`."""
         for record in parse_records(shown):
             if record.get("Architecture") in (self._architecture, "all"):
                 self._records.setdefault(record["Package"], []).append(record)
-        self._candidates.update(parse_policy(_run_apt(["apt-cache", "policy", *names])))
+        self._candidates.update(parse_policy(policy))
 
     def offers(self, pin: Pin) -> bool:
         """Tell whether exactly this file can be downloaded."""
@@ -112,6 +115,12 @@ class Apt:
     def candidate(self, name: str) -> Pin:
         """Return the version that apt would install."""
         return _pin_of(self._candidate_record(name))
+
+    def choose(self, name: str, locked: Pin | None) -> Pin:
+        """Return the locked version if it can still be had, else the one that apt would install."""
+        if locked is not None and self.offers(locked):
+            return locked
+        return self.candidate(name)
 
     def kernel_of(self, metapackage: str) -> str:
         """Return the kernel package that a metapackage depends on."""
@@ -216,8 +225,7 @@ def fetch_debs(
     apt.learn(ask)
     chosen = [_choose_kernel(kernel, lock.kernel, cached, apt)]
     for name, pin in wanted.items():
-        usable = pin is not None and (name in cached or apt.offers(pin))
-        chosen.append(pin if pin is not None and usable else apt.candidate(name))
+        chosen.append(pin if pin is not None and name in cached else apt.choose(name, pin))
     _download([pin for pin in chosen if store.find(pin.sha256, ".deb") is None], architecture, store)
     fetched = []
     for pin in chosen:

@@ -81,16 +81,8 @@ class Containerd:
 
     def __enter__(self) -> "Containerd":
         try:
-            for name in ("fifo", "tmp"):
-                (self.directory / name).mkdir()
-            config = CONFIG.format(directory=self.directory, level=self._level)
-            (self.directory / "config.toml").write_text(config)
-            self.start_daemon()
-            self._snapshotter = self._pick_snapshotter()
-            archive = self.directory / "tmp" / "image.tar"
-            build_image(archive)
-            self.ctr("image", "import", str(archive))
-            archive.unlink()
+            self.open()
+            self.import_image()
         except BaseException:
             self.close()
             raise
@@ -100,6 +92,22 @@ class Containerd:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def open(self) -> None:
+        """Start the daemon with a configuration of its own. The caller calls close(), also if this fails."""
+        for name in ("fifo", "tmp"):
+            (self.directory / name).mkdir()
+        config = CONFIG.format(directory=self.directory, level=self._level)
+        (self.directory / "config.toml").write_text(config)
+        self.start_daemon()
+        self._snapshotter = self._pick_snapshotter()
+
+    def import_image(self) -> None:
+        """Build the busybox image and give it to the daemon."""
+        archive = self.directory / "tmp" / "image.tar"
+        build_image(archive)
+        self.ctr("image", "import", str(archive))
+        archive.unlink()
 
     @property
     def address(self) -> str:

@@ -182,38 +182,33 @@ def find_port() -> str | None:
 
 
 def serve_port(path: str, dispatcher: Dispatcher) -> None:
-    """Serve the virtio port for ever: wait for a host, run its sessions, open the port anew.
+    """Serve the virtio port for ever: wait for a host, run its sessions, wait for the next one.
 
-    Opening anew matters twice: the kernel throws away what an old host has left unread, and the host sees
-    that the port was closed.
+    The port stays open in between. Closing it would throw away what the next host may have sent already;
+    what an older one has left is thrown away by the handshake.
     """
     from agent import multiplex
 
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        wait_for_host(fd)
         try:
-            _wait_for_host(fd)
             multiplex.serve_line(fd, dispatcher.serve)
         except OSError as exc:
             log.info("session over", port=path, error=exc)
-        finally:
-            os.close(fd)
 
 
-def _wait_for_host(fd: int) -> None:
-    """Wait until a host has connected. Until then the port polls as hung up, all the time.
+def wait_for_host(fd: int) -> None:
+    """Wait until a host has connected, which makes the port writable.
 
-    Edge-triggered, since that hang-up would end any other wait at once.
+    Until then the port polls as hung up and, since reading it would not block, as readable. Only an
+    edge-triggered wait sleeps through that.
     """
     epoll = select.epoll()
     try:
-        # Any change (the host's connecting makes the port writable) wakes it, hung-up state alone does so
-        # once.
-        epoll.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
-        while True:
-            for _, events in epoll.poll():
-                if events & (select.EPOLLIN | select.EPOLLOUT):
-                    return
+        epoll.register(fd, select.EPOLLOUT | select.EPOLLET)
+        while not any(events & select.EPOLLOUT for _, events in epoll.poll()):
+            pass
     finally:
         epoll.close()
 

@@ -80,7 +80,7 @@ class Line:
         for fd, ready in poll.poll():
             if fd == self._gone:
                 raise ConnectionAbortedError("the session is over")
-            # A port without a host says so for ever; a host that hung up may have left bytes to read.
+            # What the host left behind is still read; a port without a host polls as readable, too.
             if ready & select.POLLHUP and not ready & events:
                 raise ConnectionResetError("the host has closed its end of the line")
 

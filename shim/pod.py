@@ -27,18 +27,18 @@ from vc.errors import AlreadyExists, GuestGone, InvalidArgument, NotFound, VCErr
 from vc.oci import spec as oci
 from vc.oci.mounts import shm_bytes, source_of
 from vc.resources import Size, container_size, pod_size
+from vc.sandbox import Sandbox, SandboxSpec
 from vc.storage.look import look
 from vc.storage.mounts import Mount
 
 if TYPE_CHECKING:
     from shim.announce import Announcer
     from vc.container import Container
-    from vc.sandbox import Sandbox, SandboxSpec
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-OpenSandbox = Callable[["SandboxSpec", Config], AbstractAsyncContextManager["Sandbox"]]
+OpenSandbox = Callable[[SandboxSpec, Config], AbstractAsyncContextManager[Sandbox]]
 
 SANDBOX_END_WAIT = (
     5.0  # seconds that a Delete waits for the VM's end; Delete has 10 in all, and it goes on behind
@@ -429,8 +429,6 @@ class Pod:
 
 def sandbox_spec(sandbox_id: str, spec: Mapping[str, Any], config: Config) -> SandboxSpec:
     """Return what the sandbox of a container with this spec is to be."""
-    from vc.sandbox import SandboxSpec
-
     return SandboxSpec(
         id=sandbox_id,
         hostname=str(spec.get("hostname", "")),

@@ -29,7 +29,8 @@ from shim.metrics import host_is_unified
 from shim.pod import OpenSandbox, Pod
 from shim.service import TaskService
 from ttrpc.server import PeerCredentials, Server, peer_credentials
-from vc.config import Config
+from vc.config import Config, load
+from vc.sandbox import open_sandbox
 
 log = logging.getLogger(__name__)
 
@@ -59,17 +60,12 @@ def main(args: Args, *, path: str, listener: int, events: str, notes: Sequence[s
 
 
 async def serve(args: Args, path: str, listener: int, events: str) -> None:
-    """Serve with the real library below."""
-    from vc.config import load
-    from vc.sandbox import open_sandbox
-
+    """Serve on an inherited listening socket, whose path is `path`."""
     sock = trio.socket.from_stdlib_socket(socket.socket(fileno=listener))
     await run(
         trio.SocketListener(sock),
         namespace=args.namespace,
         publisher=Publisher(events, args.namespace),
-        open_sandbox=open_sandbox,
-        load_config=load,
         leaving=lambda: address.remove(path),
     )
 
@@ -79,9 +75,9 @@ async def run(
     *,
     namespace: str,
     publisher: Publisher,
-    open_sandbox: OpenSandbox,
-    load_config: Callable[[str | None], Config],
     leaving: Callable[[], None],
+    open_sandbox: OpenSandbox = open_sandbox,
+    load_config: Callable[[str | None], Config] = load,
 ) -> None:
     """Serve on `listener`; `leaving` is called as soon as nobody shall find us any more."""
     stop = trio.Event()

@@ -90,8 +90,13 @@ def _become_server(
         _redirect(directory, listener)
         # From here on descriptor 2 is containerd's log, and `start` may end.
         notes = _settle(containerd)
+        import gc
+
+        gc.disable()  # what is imported lives for ever: looking through it would only take time
         from shim import serve
 
+        gc.freeze()
+        gc.enable()
         status = serve.main(args, path=path, listener=listener, events=ttrpc_address, notes=notes)
     except BaseException:
         address.remove(path)

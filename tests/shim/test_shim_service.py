@@ -25,7 +25,7 @@ from shim import serve
 from shim.events import Publisher
 from ttrpc import methods
 from ttrpc.client import Client
-from ttrpc.server import Server
+from ttrpc.server import PeerCredentials, Server
 from ttrpc.status import Code, StatusError
 from vc.errors import AgentError, GuestGone, HypervisorError, InvalidArgument, NotFound, WrongState
 from vc.process import Exit
@@ -844,3 +844,27 @@ async def test_a_signal_to_the_shim_ends_the_processes_and_says_so(shim: Shim) -
     assert await shim.wait_events(3) == ["/tasks/create", "/tasks/start", "/tasks/exit"]
     assert shim.events[-1][1].exit_status == 137
     assert not shim.sandboxes[0].open
+
+
+async def test_a_shim_that_nobody_wants_anything_of_ends(autojump_clock: trio.testing.MockClock) -> None:
+    """containerd died between its start and the Create, and nothing else would ever end the process."""
+    stop = trio.Event()
+    started = trio.current_time()
+    await serve.Connections(Server(), lambda: False).watch_idle(stop)
+    assert stop.is_set()
+    assert trio.current_time() - started == pytest.approx(serve.IDLE_LIMIT)
+
+
+async def test_a_shim_with_a_task_waits_for_its_containerd_for_ever(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    with trio.move_on_after(1000 * serve.IDLE_LIMIT) as scope:
+        await serve.Connections(Server(), lambda: True).watch_idle(trio.Event())
+    assert scope.cancelled_caught
+
+
+def test_only_the_user_that_the_shim_runs_as_may_connect() -> None:
+    uid, gid = os.geteuid(), os.getegid()
+    assert serve.is_same_user(PeerCredentials(1, uid, gid))
+    assert not serve.is_same_user(PeerCredentials(1, uid + 1, gid))
+    assert not serve.is_same_user(PeerCredentials(1, uid, gid + 1))

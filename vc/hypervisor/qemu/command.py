@@ -31,6 +31,8 @@ SANDBOX = ",".join(
 
 AGENT_PORT_NAME = "agent.channel.0"  # by which the agent finds its port: Kata 1.x, virtcontainers
 MEMORY = "memory"
+# Not -nographic, which would also make the firmware print its banner on our console.
+NO_DISPLAY = ("-display", "none")
 HOTPLUG_PORTS = 6  # free places for devices that come later: a share, and a block device or network each
 
 
@@ -86,7 +88,7 @@ def _machine(config: VMConfig, row: MachineType) -> list[str]:
     argv = ["-machine", ",".join(options)]
     argv += ["-cpu", ",".join(part for part in (cpu, config.cpu_features) if part)]
     argv += ["-smp", smp, "-m", f"{config.memory_mib}M", "-object", memory]
-    return [*argv, "-nodefaults", "-no-user-config", "-nographic", "-vga", "none", "-no-reboot"]
+    return [*argv, "-nodefaults", "-no-user-config", *NO_DISPLAY, "-no-reboot"]
 
 
 def _boot(config: VMConfig, row: MachineType) -> list[str]:

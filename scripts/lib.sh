@@ -33,7 +33,11 @@ step() {
     local title=$1 began=${EPOCHREALTIME/./} log status=0 elapsed
     shift
     log=$(mktemp)
-    "$@" >"$log" 2>&1 9>&- || status=$?
+    # Not `"$@" || status=$?`: behind || bash ignores -e in everything that is called.
+    set +e
+    (set -e && "$@") >"$log" 2>&1 9>&-
+    status=$?
+    set -e
     elapsed=$((${EPOCHREALTIME/./} - began))
     printf '%-44s %3d.%d s\n' "$title" $((elapsed / 1000000)) $((elapsed / 100000 % 10))
     if [ "$status" != 0 ]; then

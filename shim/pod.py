@@ -100,6 +100,8 @@ class Pod:
             if not spec.get("process"):
                 raise InvalidArgument(f"{request.bundle}/config.json has no process to run")
             identity = oci.identify(oci.read_annotations(spec), request.id)
+            # As for an exec, the request decides: containerd's clients may say it there alone.
+            spec["process"] = {**spec["process"], "terminal": request.stdio.terminal}
             plan = stdio_uri.plan(request.stdio)
             io = ProcessIO(plan, process_id=request.id, namespace=self._namespace)
             await io.open()

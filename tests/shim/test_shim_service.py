@@ -19,7 +19,7 @@ import trio
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.empty_pb2 import Empty
 
-from protos.containerd import events_pb2, task_v2_pb2, task_v3_pb2, ttrpc_events_pb2
+from protos.containerd import events_pb2, task_v2_pb2, task_v3_pb2, ttrpc_events_pb2, types_pb2
 from protos.kata.agent_pb2 import StatsContainerResponse
 from shim import serve
 from shim.events import Publisher
@@ -28,7 +28,8 @@ from ttrpc.client import Client
 from ttrpc.server import PeerCredentials, Server
 from ttrpc.status import Code, StatusError
 from vc.errors import AgentError, GuestGone, HypervisorError, InvalidArgument, NotFound, WrongState
-from vc.process import Exit
+from vc.process import Exit, StdioRequest
+from vc.storage.mounts import Mount
 
 TASK = methods.service(task_v2_pb2.DESCRIPTOR.services_by_name["Task"])
 TASK_V3 = methods.service(task_v3_pb2.DESCRIPTOR.services_by_name["Task"])
@@ -95,6 +96,8 @@ class FakeContainer:
         self.paused = False
         self.resources: list[Mapping[str, Any]] = []
         self.counters: StatsContainerResponse | None = None
+        self.spec: Any = None
+        self.given: dict[str, Any] = {}
 
     async def start(self) -> None:
         await self.sandbox.start_hook(self.init)
@@ -149,9 +152,11 @@ class FakeSandbox:
         self.oom_send, self.oom_receive = trio.open_memory_channel[str](10)
         self.open = True
 
-    async def create_container(self, container_id: str, spec: object, **_: object) -> FakeContainer:
+    async def create_container(self, container_id: str, spec: Any, **given: Any) -> FakeContainer:
         await self.create_hook(container_id)
         self.containers[container_id] = FakeContainer(self, container_id)
+        self.containers[container_id].spec = spec
+        self.containers[container_id].given = given
         return self.containers[container_id]
 
     async def wait_gone(self) -> GuestGone:
@@ -325,6 +330,27 @@ async def test_the_sandbox_is_made_of_the_spec_and_the_namespace(shim: Shim) -> 
     assert (spec.id, spec.hostname, spec.netns) == ("ns--c1", "h1", "/run/netns/x")
     assert (shim.bundles / "c1" / "run-dir").read_text() == str(shim.bundles / "run")
     assert (shim.bundles / "c1" / "init.pid").read_text() == str(PID)
+
+
+async def test_the_root_is_where_the_mounts_go_or_where_the_spec_says(shim: Shim) -> None:
+    await shim.call(
+        "Create",
+        id="c1",
+        bundle=shim.bundle("c1"),
+        rootfs=[types_pb2.Mount(type="bind", source="/x", options=["rbind", "ro"])],
+    )
+    given = shim.container().given
+    assert given["rootfs"] == shim.bundles / "c1" / "rootfs"
+    assert given["rootfs_mounts"] == (Mount("bind", "/x", "", ("rbind", "ro")),)
+    await shim.call("Delete", id="c1")
+    await shim.call("Create", id="c2", bundle=shim.bundle("c2", root={"path": "/mnt/docker"}))
+    assert shim.container("c2").given["rootfs"] == Path("/mnt/docker")
+
+
+async def test_the_request_decides_about_the_terminal(shim: Shim) -> None:
+    await shim.create(terminal=True)
+    assert shim.container().spec["process"]["terminal"] is True
+    assert shim.container().given["stdio"] == StdioRequest(stdout=True, terminal=True)
 
 
 async def test_exit_is_published_after_start_even_if_the_process_dies_at_once(shim: Shim) -> None:

@@ -156,13 +156,13 @@ class Process:
         return self._exit
 
     def choose_ports(self) -> Ports:
-        """Reserve a port for each stream that the process is to have."""
+        """Reserve a port for each stream, also for those that nobody wants: they must be read, too."""
         if not self._streams:
             return Ports()
         return Ports(
-            stdin=self._agent.new_port() if self.stdio.stdin else 0,
-            stdout=self._agent.new_port() if self.stdio.stdout else 0,
-            stderr=self._agent.new_port() if self.stdio.stderr and not self.stdio.terminal else 0,
+            stdin=self._agent.new_port() if self.stdio.stdin or not self.stdio.terminal else 0,
+            stdout=self._agent.new_port(),
+            stderr=self._agent.new_port() if not self.stdio.terminal else 0,
         )
 
     async def start(self, nursery: trio.Nursery) -> None:
@@ -189,14 +189,13 @@ class Process:
             raise
         self.state = ProcessState.RUNNING
         nursery.start_soon(self._watch)
+        await self._null_unwanted(nursery)
 
     async def _connect(self, ports: Ports) -> None:
         if not self._streams:
-            if self.stdio.stdin:
-                self.stdin = CallWriter(self._agent, self.container_id, self.exec_id)
-            if self.stdio.stdout:
-                self.stdout = CallReader(self._agent, "ReadStdout", self.container_id, self.exec_id)
-            if self.stdio.stderr and not self.stdio.terminal:
+            self.stdin = CallWriter(self._agent, self.container_id, self.exec_id)
+            self.stdout = CallReader(self._agent, "ReadStdout", self.container_id, self.exec_id)
+            if not self.stdio.terminal:
                 self.stderr = CallReader(self._agent, "ReadStderr", self.container_id, self.exec_id)
             return
         if ports.stdin:
@@ -205,6 +204,28 @@ class Process:
             self.stdout = await self._agent.dial(ports.stdout)
         if ports.stderr:
             self.stderr = await self._agent.dial(ports.stderr)
+
+    async def _null_unwanted(self, nursery: trio.Nursery) -> None:
+        """Do for streams that nobody asked for what /dev/null would: input ends, output goes nowhere.
+
+        In the guest they are pipes: unread, they would block the process sooner or later.
+        """
+        unwanted = []
+        if not self.stdio.stdout and self.stdout is not None:
+            unwanted.append(self.stdout)
+            self.stdout = None
+        if not self.stdio.stderr and self.stderr is not None:
+            unwanted.append(self.stderr)
+            self.stderr = None
+        for output in unwanted:
+            nursery.start_soon(_discard, output)
+        if not self.stdio.stdin and self.stdin is not None:
+            stdin, self.stdin = self.stdin, None
+            if not self.stdio.terminal:
+                try:
+                    await stdin.aclose()
+                except trio.BrokenResourceError:
+                    pass  # the process has ended before
 
     async def _close_streams(self) -> None:
         for stream in (self.stdin, self.stdout, self.stderr):
@@ -269,3 +290,12 @@ class Process:
     def __str__(self) -> str:
         what = f"process {self.exec_id!r}" if self.exec_id else "the init process"
         return f"{what} of container {self.container_id!r}"
+
+
+async def _discard(output: trio.abc.ReceiveStream) -> None:
+    """Read to the end."""
+    try:
+        async for _ in output:
+            pass
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        pass  # the guest is gone, and the output with it

@@ -113,8 +113,14 @@ async def connect(agent: RunningAgent, port: int = 1024) -> trio.SocketStream:
             piece = await stream.receive_some(1)
             assert piece, f"the agent hung up after {line!r}"
             line += piece
-    assert line == f"OK {port}\n".encode(), line
+    if line != f"OK {port}\n".encode():
+        await stream.aclose()
+        raise Refused(line.decode())
     return stream
+
+
+class Refused(Exception):
+    """The agent does not serve this port."""
 
 
 class Guest:

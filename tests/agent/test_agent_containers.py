@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from agent_harness import receive_all
+import trio
+
+from protos.kata import agent_pb2, oci_pb2
+from ttrpc.status import Code, StatusError
 
 if TYPE_CHECKING:
     from agent_harness import Guest
 
 pytestmark = pytest.mark.integration
+
+
+async def fails(code: Code, match: str, guest: Guest, name: str, **fields: object) -> None:
+    """Check that a call is answered with this code and text."""
+    with pytest.raises(StatusError, match=match) as caught:
+        await guest.call(name, **fields)
+    assert caught.value.code == code
 
 
 async def test_a_container_runs_and_its_output_and_status_come_back(guest: Guest) -> None:
@@ -21,14 +34,288 @@ async def test_a_container_runs_and_its_output_and_status_come_back(guest: Guest
     await guest.remove(container)
 
 
-async def test_output_comes_over_a_stream_of_its_own(guest: Guest) -> None:
-    ports = guest.ports()
-    container = await guest.start("/bin/cat", ports=ports)
-    stdin, stdout, stderr = [await guest.dial(port) for port in ports]
-    await stdin.send_all(b"to and fro")
-    await stdin.send_eof()
-    assert await receive_all(stdout) == b"to and fro"
-    assert await receive_all(stderr) == b""
-    answer = await guest.wait(container)
-    assert (answer.status, answer.stdout_bytes, answer.stderr_bytes) == (0, 10, 0)
+async def test_every_kind_of_exit_status_is_told(guest: Guest) -> None:
+    container = await guest.start("/bin/sleep", "1000")
+    for status in (0, 1, 2, 100, 127, 128, 200, 255):
+        process = await guest.exec(container, "/bin/sh", "-c", f"exit {status}")
+        assert (await guest.wait(container, process)).status == status
+    for number in (signal.SIGHUP, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM):
+        process = await guest.exec(container, "/bin/sh", "-c", f"kill -{number.value} $$; sleep 1000")
+        assert (await guest.wait(container, process)).status == 128 + number
     await guest.remove(container)
+
+
+async def test_waiting_again_gives_the_same_answer_until_the_container_is_removed(guest: Guest) -> None:
+    container = await guest.start("/bin/sh", "-c", "exit 8")
+    assert (await guest.wait(container)).status == 8
+    assert (await guest.wait(container, container)).status == 8
+    await guest.remove(container)
+    await fails(Code.NOT_FOUND, "InvalidContainerId", guest, "WaitProcess", container_id=container)
+
+
+async def test_an_exec_id_is_free_again_once_its_exit_was_told(guest: Guest) -> None:
+    container = await guest.start("/bin/sleep", "1000")
+    fields = {"container_id": container, "exec_id": "twice"}
+    await guest.call("ExecProcess", **fields, process=guest.process("/bin/sh", "-c", "read line; exit 1"))
+    again = guest.process("/bin/sh", "-c", "exit 2")
+    await fails(
+        Code.ALREADY_EXISTS, "exec_id 'twice' already exists", guest, "ExecProcess", **fields, process=again
+    )
+    await guest.call("CloseStdin", **fields)
+    assert (await guest.wait(container, "twice")).status == 1
+    await guest.call("ExecProcess", **fields, process=again)
+    assert (await guest.wait(container, "twice")).status == 2
+    await guest.remove(container)
+
+
+@pytest.mark.parametrize(
+    ("program", "text"),
+    [
+        ("missing", r"executable file `missing` not found in \$PATH"),
+        ("/bin/missing", "No such file or directory"),
+        ("/bin/notexec", "[Pp]ermission denied|not found"),
+    ],
+)
+async def test_a_program_that_cannot_run_fails_at_once_and_leaves_nothing(
+    guest: Guest, program: str, text: str
+) -> None:
+    spec = guest.spec(program)
+    await fails(Code.INTERNAL, text, guest, "CreateContainer", container_id="broken", OCI=spec)
+    assert not (guest.agent.root / "broken").exists()
+    await fails(Code.NOT_FOUND, "InvalidContainerId", guest, "StartContainer", container_id="broken")
+    container = await guest.start("/bin/sleep", "1000")
+    fields = {"container_id": container, "exec_id": "broken"}
+    await fails(Code.INTERNAL, text, guest, "ExecProcess", **fields, process=guest.process(program))
+    await fails(Code.NOT_FOUND, "InvalidExecId", guest, "WaitProcess", **fields)
+    await guest.remove(container)
+
+
+async def test_names_are_checked(guest: Guest) -> None:
+    for name in ("", "a", "../up", "with space", ".hidden"):
+        await fails(
+            Code.INVALID_ARGUMENT,
+            "invalid container id",
+            guest,
+            "CreateContainer",
+            container_id=name,
+            OCI=guest.spec("/bin/true"),
+        )
+    container = await guest.create("/bin/true")
+    await fails(
+        Code.ALREADY_EXISTS,
+        "already exists",
+        guest,
+        "CreateContainer",
+        container_id=container,
+        OCI=guest.spec("/bin/true"),
+    )
+    await guest.remove(container)
+    for name in ("StartContainer", "RemoveContainer", "PauseContainer", "StatsContainer", "ReadStdout"):
+        await fails(Code.NOT_FOUND, "InvalidContainerId", guest, name, container_id="nobody")
+
+
+async def test_a_container_that_was_never_started_can_be_killed_and_removed(guest: Guest) -> None:
+    container = await guest.create("/bin/true")
+    await guest.call("SignalProcess", container_id=container, signal=9)
+    assert (await guest.wait(container)).status == 137
+    await fails(Code.FAILED_PRECONDITION, "it is stopped", guest, "StartContainer", container_id=container)
+    await guest.remove(container)
+
+
+async def test_sigkill_without_an_exec_id_reaches_all_processes(guest: Guest) -> None:
+    container = await guest.start("/bin/sleep", "1000")
+    process = await guest.exec(container, "/bin/sleep", "1000")
+    await guest.call("SignalProcess", container_id=container, signal=9)
+    assert (await guest.wait(container)).status == 137
+    assert (await guest.wait(container, process)).status == 137
+    await guest.call("SignalProcess", container_id=container, signal=9)  # as often as one likes
+    await guest.remove(container)
+
+
+async def test_sigterm_ends_an_init_that_does_not_care(guest: Guest) -> None:
+    container = await guest.start("/bin/sleep", "1000")
+    await guest.call("SignalProcess", container_id=container, exec_id=container, signal=15)
+    assert (await guest.wait(container)).status == 137
+    await guest.remove(container)
+
+
+async def test_sigterm_is_handed_to_an_init_that_catches_it_and_to_no_other(guest: Guest) -> None:
+    script = "trap 'echo got it; exit 21' TERM; echo ready; while :; do sleep 0.05; done"
+    container = await guest.start("/bin/sh", "-c", script)
+    other = await guest.exec(container, "/bin/sleep", "1000")
+    assert (await guest.call("ReadStdout", container_id=container, len=100)).data == b"ready\n"
+    await guest.call("SignalProcess", container_id=container, signal=15)
+    assert await guest.read_all(container) == b"got it\n"
+    assert (await guest.wait(container)).status == 21
+    assert (await guest.wait(container, other)).status == 137  # with its namespace
+    await guest.remove(container)
+
+
+async def test_a_container_can_be_paused_and_killed_in_its_sleep(guest: Guest) -> None:
+    container = await guest.start("/bin/sh", "-c", "while :; do sleep 0.05; done")
+    await guest.call("PauseContainer", container_id=container)
+    await fails(Code.FAILED_PRECONDITION, "it is paused", guest, "PauseContainer", container_id=container)
+    await guest.call("ResumeContainer", container_id=container)
+    await guest.call("PauseContainer", container_id=container)
+    await guest.call("SignalProcess", container_id=container, signal=9)
+    assert (await guest.wait(container)).status == 137
+    await guest.remove(container)
+
+
+async def test_limits_and_statistics(guest: Guest) -> None:
+    container = await guest.start("/bin/sleep", "1000")
+    limits = oci_pb2.LinuxResources(
+        Memory=oci_pb2.LinuxMemory(Limit=64 << 20), Pids=oci_pb2.LinuxPids(Limit=77)
+    )
+    await guest.call("UpdateContainer", container_id=container, resources=limits)
+    stats = (await guest.call("StatsContainer", container_id=container)).cgroup_stats
+    assert stats.memory_stats.usage.limit == 64 << 20
+    assert stats.memory_stats.usage.usage > 0
+    assert stats.pids_stats.limit == 77
+    assert stats.pids_stats.current >= 1
+    assert stats.cpu_stats.cpu_usage.total_usage > 0
+    # Nothing given, nothing changed.
+    await guest.call("UpdateContainer", container_id=container)
+    stats = (await guest.call("StatsContainer", container_id=container)).cgroup_stats
+    assert stats.memory_stats.usage.limit == 64 << 20
+    await guest.remove(container)
+
+
+async def test_the_host_hears_of_a_process_killed_for_want_of_memory(guest: Guest) -> None:
+    container = "hungry"
+    spec = guest.spec("/bin/sh", "-c", "dd if=/dev/zero of=/dev/null bs=128M count=1")
+    spec.Linux.Resources.Memory.Limit = 16 << 20
+    spec.Linux.Resources.Memory.Swap = 16 << 20
+    await guest.call("CreateContainer", container_id=container, OCI=spec)
+    events: list[str] = []
+
+    async def listen() -> None:
+        events.append((await guest.call("GetOOMEvent")).container_id)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(listen)
+        await guest.call("StartContainer", container_id=container)
+    assert events == [container]
+    assert (await guest.wait(container)).status != 0
+    await guest.remove(container)
+
+
+async def test_containers_share_a_pid_namespace_if_asked(guest: Guest) -> None:
+    names = ("first", "second")
+    for name in names:
+        await guest.call(
+            "CreateContainer", container_id=name, OCI=guest.spec("/bin/sleep", "1000"), sandbox_pidns=True
+        )
+        await guest.call("StartContainer", container_id=name)
+    process = await guest.exec("first", "/bin/sh", "-c", "cat /proc/[0-9]*/cmdline")
+    assert (await guest.read_all("first", process)).count(b"sleep\x001000") == 2
+    for name in reversed(names):
+        await guest.remove(name)
+
+
+async def test_capabilities_of_the_container_are_those_of_an_exec_that_names_none(guest: Guest) -> None:
+    spec = guest.spec("/bin/sleep", "1000")
+    for kind in ("Bounding", "Effective", "Permitted"):
+        getattr(spec.Process.Capabilities, kind).append("CAP_CHOWN")
+    await guest.call("CreateContainer", container_id="weak", OCI=spec)
+    await guest.call("StartContainer", container_id="weak")
+    process = await guest.exec("weak", "/bin/sh", "-c", "head -n 100 /proc/self/status")
+    assert b"CapEff:\t0000000000000001" in await guest.read_all("weak", process)
+    await guest.remove("weak")
+
+
+async def test_the_termination_log_is_read_behind_its_mount(guest: Guest, tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("last words")
+    spec = guest.spec("/bin/true")
+    spec.Annotations["io.kubernetes.container.terminationMessagePath"] = "/dev/termination-log"
+    spec.Mounts.append(
+        oci_pb2.Mount(
+            destination="/dev/termination-log", source=str(tmp_path / "log"), type="bind", options=["bind"]
+        )
+    )
+    await guest.call("CreateContainer", container_id="dying", OCI=spec)
+    answer = await guest.call("GetDiagnosticData", container_id="dying", log_type="termination_log")
+    assert answer.data == "last words"
+    await guest.remove("dying")
+
+
+async def test_a_storage_is_mounted_for_as_long_as_a_container_uses_it(guest: Guest) -> None:
+    mount_point = guest.agent.directory / "memory"
+    entry = agent_pb2.Storage(
+        driver="ephemeral",
+        source="shm",
+        fstype="tmpfs",
+        mount_point=str(mount_point),
+        options=["size=1m", "mode=1777", "fsgid=4321"],
+    )
+    for name in ("c-one", "c-two"):
+        spec = guest.spec("/bin/sh", "-c", "stat -f /mnt >/dev/null; ls -ld /mnt")
+        spec.Mounts.append(
+            oci_pb2.Mount(destination="/mnt", source=str(mount_point), type="bind", options=["rbind"])
+        )
+        await guest.call("CreateContainer", container_id=name, OCI=spec, storages=[entry])
+
+    def mounted() -> bool:
+        mounts = Path(f"/proc/{guest.agent.pid}/mountinfo").read_text()
+        return str(mount_point) in mounts
+
+    assert mounted()
+    await guest.remove("c-one")
+    assert mounted()
+    await guest.remove("c-two")
+    assert not mounted()
+
+
+async def test_a_failed_creation_gives_its_storages_back(guest: Guest) -> None:
+    mount_point = guest.agent.directory / "lost"
+    good = agent_pb2.Storage(driver="ephemeral", fstype="tmpfs", mount_point=str(mount_point))
+    bad = agent_pb2.Storage(driver="unheard-of", mount_point="/nowhere")
+    await fails(
+        Code.INVALID_ARGUMENT,
+        'unknown storage driver "unheard-of"',
+        guest,
+        "CreateContainer",
+        container_id="unlucky",
+        OCI=guest.spec("/bin/true"),
+        storages=[good, bad],
+    )
+    assert str(mount_point) not in Path(f"/proc/{guest.agent.pid}/mountinfo").read_text()
+
+
+def count(directory: str) -> int:
+    return sum(1 for _ in Path(directory).iterdir())
+
+
+def footprint(guest: Guest) -> dict[str, int]:
+    """What a container could leave behind."""
+    pid = guest.agent.pid
+    return {
+        "descriptors": count(f"/proc/{pid}/fd"),
+        "mounts": len(Path(f"/proc/{pid}/mountinfo").read_text().splitlines()),
+        "state": sum(len(files) + len(names) for _, names, files in os.walk(guest.agent.root)),
+        "children": len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()),
+    }
+
+
+async def test_twenty_containers_leave_nothing(guest: Guest) -> None:
+    async def one() -> str:
+        ports = guest.ports()
+        container = await guest.start("/bin/sh", "-c", "echo something; exit 1", ports=ports)
+        stdout = await guest.dial(ports[1])
+        assert await stdout.receive_some() == b"something\n"
+        assert (await guest.wait(container)).status == 1
+        await guest.remove(container)
+        await stdout.aclose()
+        return container
+
+    await one()
+    before = footprint(guest)
+    names = [await one() for _ in range(20)]
+    with trio.fail_after(10):
+        while footprint(guest)["descriptors"] > before["descriptors"]:
+            await trio.sleep(0.01)  # threads that have just lost their connection close it in a moment
+    assert footprint(guest) == before
+    threads = count(f"/proc/{guest.agent.pid}/task")
+    assert threads < 30
+    left = [path for path, _, _ in os.walk("/sys/fs/cgroup") if path.rsplit("/", 1)[-1] in names]
+    assert left == []

@@ -10,9 +10,6 @@ from pathlib import Path
 from guest.data import BuildError, Recipe
 from guest.initrd import ROOT_DEVICE, ROOT_TYPE
 from guest.packages import Fetched, digest_of
-from guest.tree import Tree
-
-__all__ = ["Tree", "make_erofs", "write", "write_configuration", "write_manifest"]
 
 SCHEMA_VERSION = 1
 OUTPUTS = {"kernel": "vmlinux", "initrd": "initrd.img", "image": "rootfs.erofs"}

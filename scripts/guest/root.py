@@ -87,6 +87,13 @@ def agent_tree(source: Path, packages: Iterable[str]) -> Tree:
     return tree
 
 
+def module_names(tree: Tree) -> list[str]:
+    """Return the importable names of the agent's own modules (its libraries have parts for the host only)."""
+    paths = [path for path, _ in tree.items() if path.startswith("agent/") and path.endswith(".py")]
+    names = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in paths]
+    return [name for name in names if not name.endswith("__main__")]
+
+
 def read_kernel_deb(deb: Path) -> tuple[str, bytes, Modules]:
     """Return version, bzImage and modules of a kernel package."""
     image, version, builtin = b"", "", ""
@@ -149,6 +156,17 @@ def add_modules(tree: Tree, version: str, modules: Modules, names: Iterable[str]
 
 def compile_python(root: Path, script: Path) -> None:
     """Replace each .py of a written root by a .pyc, with the guest's own Python (formats differ)."""
+    _run_python(root, "compile Python", [str(script), str(root), STANDARD_LIBRARY, SITE])
+
+
+def try_imports(root: Path, names: Iterable[str]) -> None:
+    """Import modules of the agent in the guest's Python: what `drop` has taken too much of is missed here."""
+    path = [str(root / SITE), str(root / STANDARD_LIBRARY), str(root / STANDARD_LIBRARY / "lib-dynload")]
+    program = f"import sys\nsys.path[:] = {path!r}\nfor name in sys.argv[1:]:\n    __import__(name)\n"
+    _run_python(root, "import the agent", ["-c", program, *names])
+
+
+def _run_python(root: Path, purpose: str, arguments: list[str]) -> None:
     # Through the guest's loader, so that neither a chroot nor the machine's libraries are involved.
     # PYTHONHASHSEED: the order of a set's elements must not depend on the run.
     argv = [
@@ -158,16 +176,9 @@ def compile_python(root: Path, script: Path) -> None:
         str(root / PYTHON),
         "-s",
         "-S",
-        str(script),
+        *arguments,
     ]
-    done = subprocess.run(
-        [*argv, str(root), STANDARD_LIBRARY, SITE],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PYTHONHOME": str(root / "usr"), "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"},
-    )
+    environment = {"PYTHONHOME": str(root / "usr"), "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
-        raise BuildError(
-            f"the guest's Python could not compile the agent: {(done.stderr or done.stdout).strip()}"
-        )
+        raise BuildError(f"the guest's Python could not {purpose}: {(done.stderr or done.stdout).strip()}")

@@ -15,10 +15,13 @@ pytestmark = pytest.mark.e2e  # builds what the virtual machines boot, for real
 FILES = ["vmlinux", "initrd.img", "rootfs.erofs", "guest.json"]
 
 
+def run_build(out: Path, cache: Path, *more: str | Path) -> subprocess.CompletedProcess[str]:
+    argv = [PROGRAM, "--out", out, "--cache", cache, *more]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
+
+
 def build(out: Path, cache: Path) -> Path:
-    done = subprocess.run(
-        [PROGRAM, "--out", out, "--cache", cache], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = run_build(out, cache)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -69,3 +72,15 @@ def test_the_configuration_names_files_that_exist(built: Path) -> None:
     assert hypervisor["kernel_params"].split() == manifest["kernel_params"]
     assert hypervisor["rootfs_type"] == manifest["rootfs_type"]
     assert "@" not in (built / "configuration.toml").read_text()
+
+
+def test_an_agent_that_needs_what_the_guest_lacks_is_refused(cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(CHECKOUT / "agent", tmp_path / "source" / "agent")
+    (tmp_path / "source" / "agent" / "records.py").write_text("import sqlite3\n")
+    for name in ("ttrpc", "yamux", "protos"):
+        (tmp_path / "source" / name).symlink_to(CHECKOUT / name)
+    done = run_build(tmp_path / "out", cache, "--source", tmp_path / "source")
+    assert done.returncode == 1
+    assert "could not import the agent" in done.stderr
+    assert "No module named 'sqlite3'" in done.stderr
+    assert not (tmp_path / "out" / "guest" / "rootfs.erofs").exists()

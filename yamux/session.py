@@ -451,7 +451,9 @@ class Session:
         elif isinstance(event, StreamEnded):
             stream._peer_ended = True
             stream._receivers.unpark_all()
-            self._prune(stream)
+            if stream._ended or stream._closed:
+                self._prune(stream)
+            # else it lives, or a reset came in the same bytes, whose event must still find it
         elif isinstance(event, StreamReset):
             stream._reset = True
             stream._received.clear()

@@ -39,7 +39,7 @@ step() {
     status=$?
     set -e
     elapsed=$((${EPOCHREALTIME/./} - began))
-    printf '%-44s %3d.%d s\n' "$title" $((elapsed / 1000000)) $((elapsed / 100000 % 10))
+    printf '%-60s %3d.%d s\n' "$title" $((elapsed / 1000000)) $((elapsed / 100000 % 10))
     if [ "$status" != 0 ]; then
         cat "$log" >&2
         rm -f "$log"

@@ -18,7 +18,7 @@ from tests.harness.leaks import SHIM_SOCKETS
 def step(title: str) -> Iterator[None]:
     began = time.monotonic()
     yield
-    print(f"{title:44} {time.monotonic() - began:5.1f} s", flush=True)
+    print(f"{title:60} {time.monotonic() - began:5.1f} s", flush=True)
 
 
 def main() -> int:

@@ -9,6 +9,11 @@ import os
 from collections.abc import Generator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says something about the machine: a busy one is no failure.
+settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("project")
 
 REQUIRE_ALL = os.environ.get("KATA_REQUIRE_ALL") == "1"
 

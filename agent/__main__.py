@@ -11,7 +11,11 @@ if not __package__:  # run as a directory or file: what is beside it is not a pa
     directory = __file__.rpartition("/")[0] or "."
     sys.path[:] = [f"{directory}/..", *(path for path in sys.path if path != directory)]
 
-from agent.main import main
+from agent import lighttyping
+
+lighttyping.install()
+
+from agent.main import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

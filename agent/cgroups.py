@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from agent.schema import agent as messages
 
 ROOT = "/sys/fs/cgroup"
+HYBRID = f"{ROOT}/unified"  # where systemd puts version 2 beside version 1
 UNLIMITED = (1 << 64) - 1  # what "max" becomes in an unsigned field
 SIGKILL = 9
 
@@ -85,6 +86,11 @@ def of_process(pid: int) -> Cgroup:
     except OSError:
         return Cgroup({})
     return Cgroup(locate(memberships, v2_root=os.path.exists(f"{ROOT}/cgroup.controllers")))
+
+
+def is_hybrid() -> bool:
+    """Whether both versions are mounted below one directory, with which crun refuses to work."""
+    return os.path.ismount(HYBRID) and not os.path.exists(f"{ROOT}/cgroup.controllers")
 
 
 def locate(memberships: str, *, v2_root: bool) -> dict[str, str]:

@@ -80,10 +80,14 @@ def run_host(path: str, root: str) -> None:
 
     log.install_hooks()
     lightproto.install()
-    if os.getpid() != 1:
-        from agent import syscalls
+    from agent import cgroups, syscalls
 
+    if os.getpid() != 1:
         syscalls.become_subreaper()
+    elif cgroups.is_hybrid():
+        # Ours to change: process 1 here means namespaces of its own.
+        syscalls.mount("", "/", "", syscalls.MS_REC | syscalls.MS_PRIVATE)
+        syscalls.unmount(cgroups.HYBRID)
     _, dispatcher = build(root, {})
     listener = channel.listen_unix(path)
     log.info("ready", listen=path)

@@ -14,32 +14,30 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON_PATH = f"{ROOT}:{Path(google.protobuf.__file__).parents[2]}"
 
 # Each of these costs more than all of the agent's own modules, or is not in the guest's Python at all.
-UNWANTED = set(
-    [
-        "argparse",
-        "asyncio",
-        "concurrent",
-        "ctypes",
-        "dataclasses",
-        "importlib.util",
-        "inspect",
-        "json",
-        "logging",
-        "pathlib",
-        "pyroute2",
-        "re",
-        "shutil",
-        "signal",
-        "socket",
-        "subprocess",
-        "tempfile",
-        "traceback",
-        "trio",
-        "google.protobuf.internal.python_message",
-        "google.protobuf.descriptor_pb2",
-        "google.protobuf.text_format",
-    ]
-)
+UNWANTED = {
+    "argparse",
+    "asyncio",
+    "concurrent",
+    "ctypes",
+    "dataclasses",
+    "importlib.util",
+    "inspect",
+    "json",
+    "logging",
+    "pathlib",
+    "pyroute2",
+    "re",
+    "shutil",
+    "signal",
+    "socket",
+    "subprocess",
+    "tempfile",
+    "traceback",
+    "trio",
+    "google.protobuf.internal.python_message",
+    "google.protobuf.descriptor_pb2",
+    "google.protobuf.text_format",
+}
 
 START = """
 import sys

@@ -226,7 +226,7 @@ class Container:
                     break
         return ""
 
-    def destroy(self) -> None:
+    def destroy(self, timeout: float = KILL_SECONDS) -> None:
         """Kill what runs, and remove the container and all we know of it. Goes on when a step fails.
 
         Raises:
@@ -236,8 +236,8 @@ class Container:
         with self.lock:
             self.kill_all()
             self._oom.remove(self.id)
-            if self.init is not None and self.init.wait(KILL_SECONDS) is None:
-                problems.append(f"init process {self.init.pid} does not end")
+            if self.init is not None and self.init.wait(timeout) is None:
+                problems.append(f"init process {self.init.pid} did not end within {timeout:g} s (ETIME)")
             try:
                 self._crun.delete(self.id)
             except RuntimeFailed as exc:

@@ -134,8 +134,12 @@ def _controllers() -> None:
     root = "/sys/fs/cgroup"
     with open(f"{root}/cgroup.controllers", encoding="utf-8") as file:
         names = file.read().split()
-    with open(f"{root}/cgroup.subtree_control", "w", encoding="utf-8") as file:
-        file.write(" ".join(f"+{name}" for name in names))
+    for name in names:  # one by one: if one cannot be had, the others can
+        try:
+            with open(f"{root}/cgroup.subtree_control", "w", encoding="utf-8") as file:
+                file.write(f"+{name}")
+        except OSError as exc:
+            log.debug("controller not available", controller=name, error=exc)
 
 
 def _loopback() -> None:

@@ -17,7 +17,7 @@ from agent import log, threads
 from agent.streams import ByteStream
 from yamux.buffer import ByteQueue
 from yamux.connection import Connection
-from yamux.errors import RemoteProtocolError
+from yamux.errors import LocalProtocolError, RemoteProtocolError
 from yamux.events import (
     CreditGranted,
     DataReceived,
@@ -123,7 +123,10 @@ class Session:
         with self._write_lock:
             with self.lock:
                 connection = self.connection
-                head = connection.data_header(stream_id, len(data)) if data else connection.data_to_send()
+                try:
+                    head = connection.data_header(stream_id, len(data)) if data else connection.data_to_send()
+                except LocalProtocolError as exc:  # the host has reset the stream since we looked
+                    raise ConnectionResetError(f"stream {stream_id} is gone: {exc}") from exc
             if head:
                 self._line.write(head, data)
 

@@ -9,7 +9,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from agent import files, log, modules, mounts, oci, oom, storage
-from agent.container import Container, check_id, remove_tree
+from agent.container import KILL_SECONDS, Container, check_id, remove_tree
 from agent.errors import AgentError, AlreadyExists, WrongState, no_container
 from agent.process import Ports
 from agent.runtime import Crun
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from agent.schema import agent as messages
 
 DEFAULT_ROOT = "/run/kata-containers"
+BUNDLES = "bundles"  # a directory of their own, so that a container may be called "sandbox"
 MAX_HOSTNAME = 64  # linux/utsname.h, __NEW_UTS_LEN
 RESOLV_CONF = "/etc/resolv.conf"
 
@@ -135,7 +136,11 @@ class Sandbox:
         container_id = request.container_id
         check_id(container_id)
         container = Container(
-            container_id, f"{self.root}/{container_id}", self._crun, self._oom, pipe_size=self._pipe_size
+            container_id,
+            f"{self.root}/{BUNDLES}/{container_id}",
+            self._crun,
+            self._oom,
+            pipe_size=self._pipe_size,
         )
         with self._lock:
             if container_id in self._containers or os.path.exists(container.bundle):
@@ -187,12 +192,15 @@ class Sandbox:
             log.warning("failed creation is not undone completely", container=container.id, error=exc)
         self._forget(container)
 
-    def remove_container(self, container_id: str) -> None:
-        """Kill and remove a container, with its storages. It is gone from the table in any case."""
+    def remove_container(self, container_id: str, timeout: float = 0) -> None:
+        """Kill and remove a container, with its storages. It is gone from the table in any case.
+
+        `timeout` is how many seconds killed processes may take to be gone; 0 leaves it to us.
+        """
         container = self.container(container_id)
         with container.lock:
             try:
-                container.destroy()
+                container.destroy(timeout or KILL_SECONDS)
             finally:
                 self._forget(container)
 

@@ -53,7 +53,7 @@ class AgentService:
 
     def remove_container(self, request: messages.RemoveContainerRequest) -> Empty:
         """Kill what runs and remove the container."""
-        self._sandbox.remove_container(request.container_id)
+        self._sandbox.remove_container(request.container_id, request.timeout)
         return EMPTY
 
     def exec_process(self, request: messages.ExecProcessRequest) -> Empty:

@@ -81,7 +81,7 @@ async def test_a_program_that_cannot_run_fails_at_once_and_leaves_nothing(
 ) -> None:
     spec = guest.spec(program)
     await fails(Code.INTERNAL, text, guest, "CreateContainer", container_id="broken", OCI=spec)
-    assert not (guest.agent.root / "broken").exists()
+    assert not (guest.agent.root / "bundles/broken").exists()
     await fails(Code.NOT_FOUND, "InvalidContainerId", guest, "StartContainer", container_id="broken")
     container = await guest.start("/bin/sleep", "1000")
     fields = {"container_id": container, "exec_id": "broken"}

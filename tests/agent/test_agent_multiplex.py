@@ -86,3 +86,57 @@ async def test_a_stream_echoes_more_than_its_window() -> None:
         while piece := await channel.receive_some(65536):
             received += piece
         assert received == sent
+
+
+async def test_a_stream_that_the_host_resets_does_not_hold_the_others() -> None:
+    async with line() as stream, session(stream) as host:
+        blocked = await host.open_stream()
+        with trio.move_on_after(0.2):
+            while True:  # its echo fills the window that we do not empty, and then this direction's
+                await blocked.send_all(bytes(65536))
+        await trio.aclose_forcefully(blocked)
+        other = await host.open_stream()
+        await other.send_all(b"still here")
+        await other.send_eof()
+        assert await other.receive_some() == b"still here"
+        assert await other.receive_some() == b""
+
+
+async def test_a_new_handshake_ends_the_session_that_is_there() -> None:
+    async with line() as stream:
+        for nonce in (1, 2, 3):
+            assert await handshake(stream, nonce) == b""
+        async with session(stream, nonce=4) as host:
+            channel = await host.open_stream()
+            await channel.send_all(b"new")
+            assert await channel.receive_some() == b"new"
+
+
+async def test_garbage_before_the_handshake_is_thrown_away() -> None:
+    async with line() as stream:
+        await stream.send_all(os.urandom(5000))
+        async with session(stream) as host:
+            channel = await host.open_stream()
+            await channel.send_all(b"hello")
+            assert await channel.receive_some() == b"hello"
+
+
+async def test_many_streams_at_once_do_not_mix() -> None:
+    async def one(host: Session, index: int) -> None:
+        channel = await host.open_stream()
+        sent = bytes([index]) * 300_000
+        async with trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                await channel.send_all(sent)
+                await channel.send_eof()
+
+            nursery.start_soon(send)
+            received = bytearray()
+            while piece := await channel.receive_some():
+                received += piece
+        assert received == sent
+
+    async with line() as stream, session(stream) as host, trio.open_nursery() as nursery:
+        for index in range(20):
+            nursery.start_soon(one, host, index)

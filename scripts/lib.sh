@@ -59,16 +59,13 @@ HOST_PACKAGES="
     crun:crun
     erofs-utils:mkfs.erofs
     iproute2:ip
-    kmod:depmod
     mount:mount
-    procps:ps
     python3:/usr/bin/python3
     python3-venv:/usr/lib/python3*/ensurepip/__init__.py
     qemu-system-common:/usr/lib/qemu/virtiofsd
     qemu-system-x86:qemu-system-x86_64
     runc:runc
     util-linux:setpriv
-    zstd:zstd
 "
 
 is_present() {

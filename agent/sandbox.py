@@ -43,6 +43,7 @@ class Sandbox:
         self._shared_pid_namespace = ""
         self._ooms: deque[str] = deque()
         self._oom_changed = threading.Condition()
+        self._oom_waits = 0  # calls so far
         self._oom = oom.Watcher(self.report_oom)
         self._destroyed = False
         self._dns_mounted = False
@@ -56,6 +57,7 @@ class Sandbox:
             if self.id:
                 raise AlreadyExists(f'sandbox "{self.id}" is already created')
             self.id = request.sandbox_id or "sandbox"
+            self._destroyed = False
         try:
             os.makedirs(f"{self.root}/sandbox", exist_ok=True)
             if request.hostname:
@@ -222,17 +224,24 @@ class Sandbox:
         """Note that the kernel has killed something in the container for want of memory."""
         with self._oom_changed:
             self._ooms.append(container_id)
-            self._oom_changed.notify()
+            self._oom_changed.notify_all()
 
     def wait_oom(self) -> str:
         """Wait for the next such event; returns the container's id.
 
+        A newer wait ends this one: the host that made it may be gone, and must not take the event with it.
+
         Raises:
-            WrongState: the sandbox is gone.
+            WrongState: the sandbox is gone, or somebody else waits now.
         """
         with self._oom_changed:
+            self._oom_waits += 1
+            mine = self._oom_waits
+            self._oom_changed.notify_all()
             while not self._ooms:
                 if self._destroyed:
                     raise WrongState("no more events: the sandbox is destroyed")
                 self._oom_changed.wait()
+                if self._oom_waits != mine:
+                    raise WrongState("a newer call waits for these events")
             return self._ooms.popleft()

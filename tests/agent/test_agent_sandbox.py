@@ -182,6 +182,25 @@ async def test_files_are_copied_piece_by_piece_and_never_outside(guest: Guest) -
     assert not Path("/etc/planted").exists()
 
 
+async def test_a_newer_wait_for_events_takes_over(guest: Guest) -> None:
+    """Symptom: an event is lost after a reconnect. Cause: a call of the old connection still waited, and
+    took it."""
+    await guest.call("CreateSandbox", sandbox_id="events")
+    async with trio.open_nursery() as nursery:
+        refused: list[StatusError] = []
+
+        async def listen() -> None:
+            with pytest.raises(StatusError, match="a newer call") as caught:
+                await guest.call("GetOOMEvent")
+            refused.append(caught.value)
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(listen)
+        nursery.start_soon(listen)
+    assert [error.code for error in refused] == [Code.FAILED_PRECONDITION]
+    await guest.call("DestroySandbox")
+
+
 async def test_metrics_and_volumes(guest: Guest) -> None:
     assert "kata_guest_meminfo" in (await guest.call("GetMetrics")).metrics
     answer = await guest.call("GetVolumeStats", volume_guest_path="/")

@@ -51,7 +51,7 @@ class AgentError(VCError):
     """
 
     def __init__(self, call: str, code: int, text: str) -> None:
-        super().__init__(f"{call}: {text} (status code {code})")
+        super().__init__(text or f"{call} failed in the guest with status code {code} and without a reason")
         self.call = call
         self.code = code
         self.text = text

@@ -2,8 +2,9 @@
 
 The API cannot tell 0 from "not given", so a 0 among the resources means "not given" here (Kata's rule), and
 so does an empty string or list anywhere. What a guest does not do is dropped: hooks (the host ran its own),
-user namespaces of the host's mapping, network namespaces (the guest has one network, that of the pod), and
-the profiles of security modules that its kernel does not have.
+user namespaces of the host's mapping, network namespaces (the guest has one network, that of the pod),
+labels and profiles of security modules that its kernel does not have, and annotations, some of which crun
+takes as orders.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     Json = dict[str, object]
 
 OCI_VERSION = "1.0.2"
+NET = "net."  # these sysctls belong to the pod's network, which is the guest's: see `net_sysctls`
 
 # Kata's agent adds these to every container's device rules: mknod of anything, the nodes that a /dev has,
 # console, pts, ptmx and tun.
@@ -66,25 +68,38 @@ def config(
         "process": process(spec.Process),
         "root": {"path": root, "readonly": bool(spec.Root.Readonly)},
         "mounts": [mount(entry) for entry in spec.Mounts],
-        "annotations": dict(spec.Annotations),
         "linux": {
             "namespaces": [given(type=kind, path=path) for kind, path in merged.items()],
             "resources": resources(linux.Resources, with_devices=True),
             "cgroupsPath": cgroups_path,
             **given(
-                sysctl=dict(linux.Sysctl),
+                sysctl={k: v for k, v in linux.Sysctl.items() if not k.startswith((NET, "net/"))},
                 devices=[device(entry) for entry in linux.Devices if entry.Path not in _OWN_DEVICES],
                 seccomp=seccomp(linux.Seccomp) if spec.Linux.HasField("Seccomp") else None,
                 rootfsPropagation=linux.RootfsPropagation,
                 maskedPaths=list(linux.MaskedPaths),
                 readonlyPaths=list(linux.ReadonlyPaths),
-                mountLabel=linux.MountLabel,
             ),
         },
     }
     if add_hostname:
         result.update(given(hostname=spec.Hostname))
     return result
+
+
+def net_sysctls(spec: oci.Spec) -> dict[str, str]:
+    """Return the sysctls of the network as files below /proc/sys with what to write to them.
+
+    Components that hold a dot are written with slashes instead: "net/ipv4/conf/eth0.1/forwarding"
+    (sysctl(8)).
+    """
+    return {
+        key
+        if "/" in key.partition(".")[0]
+        else key.replace("/", "\0").replace(".", "/").replace("\0", "."): value
+        for key, value in spec.Linux.Sysctl.items()
+        if key.startswith((NET, "net/")) and ".." not in key.replace("/", ".").split(".")
+    }
 
 
 def process(message: oci.Process, *, capabilities: oci.LinuxCapabilities | None = None) -> Json:

@@ -166,6 +166,9 @@ class Sandbox:
         for entry in request.storages:
             self.storages.add(entry)
             container.storages.append(entry.mount_point)
+        for name, value in oci.net_sysctls(spec).items():
+            with open(f"/proc/sys/{name}", "w", encoding="utf-8") as file:
+                file.write(value)
         config = oci.config(
             spec,
             root=os.path.join(container.bundle, spec.Root.Path),

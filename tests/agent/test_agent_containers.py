@@ -224,6 +224,16 @@ async def test_capabilities_of_the_container_are_those_of_an_exec_that_names_non
     await guest.remove("weak")
 
 
+async def test_sysctls_of_network_and_ipc_are_set(guest: Guest) -> None:
+    spec = guest.spec("/bin/cat", "/proc/sys/net/ipv4/ip_default_ttl", "/proc/sys/kernel/shmmni")
+    spec.Linux.Sysctl["net.ipv4.ip_default_ttl"] = "77"
+    spec.Linux.Sysctl["kernel.shmmni"] = "1234"
+    await guest.call("CreateContainer", container_id="tuned", OCI=spec)
+    await guest.call("StartContainer", container_id="tuned")
+    assert await guest.read_all("tuned") == b"77\n1234\n"
+    await guest.remove("tuned")
+
+
 async def test_the_termination_log_is_read_behind_its_mount(guest: Guest, tmp_path: Path) -> None:
     (tmp_path / "log").write_text("last words")
     spec = guest.spec("/bin/true")

@@ -110,9 +110,23 @@ def test_namespaces_of_the_sandbox_are_joined_and_others_made() -> None:
     ]
 
 
+def test_sysctls_of_the_network_are_for_the_guest_and_not_for_crun() -> None:
+    spec = oci_pb2.Spec(
+        Linux=oci_pb2.Linux(Sysctl={"net.ipv4.ip_forward": "1", "net.a/b.c": "2", "kernel.shmmax": "3"})
+    )
+    assert oci.net_sysctls(spec) == {"net/ipv4/ip_forward": "1", "net/a.b/c": "2"}
+    linux = translate(spec)["linux"]
+    assert isinstance(linux, dict)
+    assert linux["sysctl"] == {"kernel.shmmax": "3"}
+
+
 def test_hooks_and_the_host_name_stay_on_the_host() -> None:
-    spec = oci_pb2.Spec(Hostname="h", Hooks=oci_pb2.Hooks(Prestart=[oci_pb2.Hook(Path="/bin/hook")]))
-    assert not {"hooks", "hostname"} & translate(spec).keys()
+    spec = oci_pb2.Spec(
+        Hostname="h",
+        Annotations={"run.oci.handler": "x"},
+        Hooks=oci_pb2.Hooks(Prestart=[oci_pb2.Hook(Path="/bin/hook")]),
+    )
+    assert not {"hooks", "hostname", "annotations"} & translate(spec).keys()
 
 
 def test_seccomp_keeps_the_difference_between_no_errno_and_errno_0() -> None:

@@ -28,8 +28,18 @@ async def background() -> AsyncIterator[trio.Nursery]:
             finally:
                 nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        if raised is None or group.exceptions != (raised,):
+        if not _holds_only(group, raised):
             raise
+        raised = group.exceptions[0]
     # Outside the handler, so that the exception does not get the group that holds it as its context.
     if raised is not None:
         raise raised
+
+
+def _holds_only(group: BaseExceptionGroup[BaseException], raised: BaseException | None) -> bool:
+    """Whether the nursery's group is nothing but a wrapping around what the block raised."""
+    if len(group.exceptions) != 1 or raised is None:
+        return False
+    only = group.exceptions[0]
+    # Of a group, trio makes a new one without the cancellations that were its own.
+    return only is raised or (isinstance(only, BaseExceptionGroup) and isinstance(raised, BaseExceptionGroup))

@@ -98,8 +98,8 @@ class Monitor:
         return call.result
 
     def fail(self, cause: str) -> None:
-        """Make pending and later commands fail at once."""
-        self._failure = self._failure or cause
+        """Make pending and later commands fail at once. Called again with a better cause, it replaces it."""
+        self._failure = cause
         self._settled.set()
         for call in self._pending:
             call.finish(None, self._failure)
@@ -143,7 +143,7 @@ class Monitor:
             end = f"the QMP thread failed: {exc!r}"
         finally:
             self._connection.close()
-            self._call_trio(lambda: self.fail(end or "the connection to QEMU was closed"))
+            self._call_trio(lambda: self.fail(self._failure or end or "the connection to QEMU was closed"))
             self._call_trio(self.ended.set)
 
     async def _session(self) -> str:

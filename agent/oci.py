@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     Json = dict[str, object]
 
+# The version of what is written here, whatever the host's spec was written for: nothing newer is used, and a
+# runtime older than the host's containerd refuses its "1.2.0" (crun 1.8: "unknown version specified").
 OCI_VERSION = "1.0.2"
 NET = "net."  # these sysctls belong to the pod's network, which is the guest's: see `net_sysctls`
 
@@ -64,7 +66,7 @@ def config(
     merged["mount"] = merged.get("mount", "")
     merged.update(namespaces)
     result: Json = {
-        "ociVersion": spec.Version or OCI_VERSION,
+        "ociVersion": OCI_VERSION,
         "process": process(spec.Process),
         "root": {"path": root, "readonly": bool(spec.Root.Readonly)},
         "mounts": [mount(entry) for entry in spec.Mounts],

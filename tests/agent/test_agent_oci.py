@@ -34,6 +34,12 @@ def translate(spec: oci_pb2.Spec, namespaces: dict[str, str] | None = None) -> d
     return loaded
 
 
+@pytest.mark.parametrize("version", ["", "1.0.2-dev", "1.2.0", "1.2.1"])
+def test_the_version_is_that_of_the_document_and_not_of_the_spec(version: str) -> None:
+    """containerd 1.7 and 2 say 1.2, which the guest's crun refused: "unknown version specified"."""
+    assert translate(oci_pb2.Spec(Version=version))["ociVersion"] == "1.0.2"
+
+
 def test_a_process_keeps_everything_that_it_had() -> None:
     process = oci_pb2.Process(
         Terminal=True,

@@ -1,5 +1,8 @@
 """A VM: the machine, the file system it shares, and the agent in its guest, from boot to death.
 
+A VM can also go on from where another one was saved (`Snapshot`) instead of booting; whoever uses it sees no
+difference but the time that it takes.
+
 `boot_vm` starts everything at once and lets the pieces wait for each other: virtiofsd and QEMU start side by
 side, QMP connects in a thread, and the agent's first words are answered the moment they come. When the VMM or
 virtiofsd dies, every call to the agent fails with the cause; the block itself goes on, because only its owner
@@ -10,16 +13,19 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 import shutil
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import trio
 
 from protos.kata import agent_pb2
-from vc.agent_client.client import CHECK_TIMEOUT, AgentClient
+from vc.agent_client.client import CHECK_TIMEOUT, AgentClient, together
 from vc.agent_client.transports import Transport, open_transport
 from vc.background import background
 from vc.errors import GuestGone, HypervisorError, VCError
@@ -36,6 +42,17 @@ KERNEL_PANIC = "Kernel panic - not syncing"  # Linux, kernel/panic.c
 # virtiofsd ends when QEMU does, sometimes a little earlier than QEMU's death is known. It is the culprit
 # only if QEMU is alive after this time.
 BLAME_GRACE = 0.5  # seconds
+SEED_BYTES = 512  # of the host's randomness for a restored guest: as much as Kata gives
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What a VM needs to go on from where another one was saved. The descriptors stay the caller's."""
+
+    memory: int  # the descriptor of a file that becomes the guest's memory
+    load_memory: Callable[[], None]  # fills it; blocks. Raises: OSError
+    state: int  # the descriptor of the machine's saved state
+    details: agent_pb2.GuestDetailsResponse
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +77,8 @@ class VM:
         self.machine = machine
         self.gone: GuestGone | None = None
         self.booting = trio.CancelScope()
+        self._connected = trio.CancelScope()
+        self._disconnected = trio.Event()
         self._gone = trio.Event()
         self._agents: list[AgentClient] = []
 
@@ -67,6 +86,21 @@ class VM:
         """Block until the VM is dead; return an error that says why."""
         await self._gone.wait()
         return GuestGone(str(self.gone))
+
+    async def disconnect(self) -> None:
+        """Hang up on the agent, which waits for a new connection then. Calls to it fail from here on."""
+        self._connected.cancel()
+        await self._disconnected.wait()
+
+    async def connect(
+        self, began: float, restored: Snapshot | None, *, task_status: trio.TaskStatus[None]
+    ) -> None:
+        """Reach the agent, report started when it serves, and hold the connection until `disconnect`."""
+        try:
+            with self._connected:
+                await _serve_agent(self, began, restored, task_status=task_status)
+        finally:
+            self._disconnected.set()
 
     def adopt(self, agent: AgentClient) -> None:
         """Make the VM's death the end of all calls to this agent."""
@@ -108,11 +142,18 @@ def console_tail(machine: Machine) -> str:
 
 @asynccontextmanager
 async def boot_vm(
-    config: VMConfig, *, vmid: str, netns: str | None = None, shared_dir: Path | None = None
+    config: VMConfig,
+    *,
+    vmid: str,
+    netns: str | None = None,
+    shared_dir: Path | None = None,
+    memory: int | None = None,
+    snapshot: Snapshot | None = None,
 ) -> AsyncIterator[VM]:
     """Boot a VM and wait until its agent serves; it is ended, and nothing is left of it, when the block ends.
 
-    `netns`: see `launch`. `shared_dir` is what the guest can mount, if the configuration shares anything.
+    `netns` and `memory`: see `launch`. `shared_dir` is what the guest can mount, if the configuration shares
+    anything. With a `snapshot` of a VM of the same configuration that goes on instead of a boot.
 
     Raises:
         HypervisorError: it did not boot; the text says at which step, after how long, why, and what to do.
@@ -135,7 +176,15 @@ async def boot_vm(
             )
             devices.append(share.device)
         machine = await stack.enter_async_context(
-            launch(config, vm_dir=vm_dir, vmid=vmid, netns=netns, devices=devices)
+            launch(
+                config,
+                vm_dir=vm_dir,
+                vmid=vmid,
+                netns=netns,
+                devices=() if snapshot else devices,  # a machine with a share in it cannot be saved
+                memory=snapshot.memory if snapshot else memory,
+                restored=snapshot is not None,
+            )
         )
         launched = trio.current_time() - began
         vm = VM(vmid, machine)
@@ -146,7 +195,9 @@ async def boot_vm(
         vm.booting.deadline = began + config.dial_timeout
         try:
             with vm.booting:
-                await nursery.start(_serve_agent, vm, began)
+                if snapshot is not None:
+                    await _restore(machine, snapshot, devices)
+                await nursery.start(vm.connect, began, snapshot)
         except VCError as exc:
             raise await _boot_error(vm, config, str(exc), trio.current_time() - began) from exc
         if vm.booting.cancelled_caught:
@@ -156,10 +207,30 @@ async def boot_vm(
         yield vm
 
 
+async def _restore(machine: Machine, snapshot: Snapshot, devices: list[Device]) -> None:
+    """Bring the saved VM back in a machine launched for it, and let it run."""
+    try:
+        await trio.to_thread.run_sync(snapshot.load_memory)
+    except OSError as exc:
+        raise HypervisorError(f"the saved memory cannot be read: {exc}") from exc
+    await machine.load_state(snapshot.state)
+    for device in devices:
+        await machine.plug(device)
+    await machine.resume()
+
+
+async def _refresh(agent: AgentClient) -> None:
+    """Make a restored guest differ from all others that were restored from the same state."""
+    now = time.time_ns() // 1000
+    await together(
+        partial(agent.reseed_random, secrets.token_bytes(SEED_BYTES)),
+        partial(agent.set_clock, now // 1_000_000, now % 1_000_000),
+    )
+
+
 async def _serve_agent(
-    vm: VM, began: float, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    vm: VM, began: float, snapshot: Snapshot | None, *, task_status: trio.TaskStatus[None]
 ) -> None:
-    """Reach the agent, report started when it serves, and hold the connection until cancelled."""
     async with open_transport(vm.machine.address, timeout=math.inf) as transport:
         reached = trio.current_time() - began
         vm.transport = transport
@@ -167,8 +238,12 @@ async def _serve_agent(
         vm.adopt(vm.agent)
         async with background() as nursery:
             await nursery.start(vm.agent.run)
-            await vm.agent.check(timeout=CHECK_TIMEOUT)
-            vm.details = await vm.agent.get_guest_details()
+            if snapshot is None:
+                await vm.agent.check(timeout=CHECK_TIMEOUT)
+                vm.details = await vm.agent.get_guest_details()
+            else:
+                await _refresh(vm.agent)
+                vm.details = snapshot.details
             vm.times = BootTimes(launched=0.0, reached=reached, ready=trio.current_time() - began)
             task_status.started()
             failure = await vm.agent.wait_failed()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vc.agent_client.transports import Address
+from vc.errors import Unsupported
 from vc.hypervisor.console import ConsoleTail
 
 # The order of preference on this host is the driver's; these are the words of the configuration.
@@ -81,6 +82,7 @@ class Capabilities:
     block_device: bool = False
     hotplug: bool = False
     pause: bool = False
+    snapshot: bool = False
 
 
 class Machine(ABC):
@@ -107,6 +109,17 @@ class Machine(ABC):
     @abstractmethod
     async def unplug(self, device: Device) -> None:
         """Take a device away that was plugged. Raises: HypervisorError, Unsupported."""
+
+    async def save_state(self, descriptor: int) -> None:
+        """Write all but the memory of a paused machine to an open file. Raises: HypervisorError."""
+        raise Unsupported(f"{type(self).__name__} cannot be saved")
+
+    async def load_state(self, descriptor: int) -> None:
+        """Take over what `save_state` wrote, in a machine launched for it; it is paused then.
+
+        Raises: HypervisorError.
+        """
+        raise Unsupported(f"{type(self).__name__} cannot be restored")
 
     @abstractmethod
     async def wait_dead(self) -> str:

@@ -53,6 +53,8 @@ class Wiring:
     agent: int | None = None  # listens; the other end of the virtio-serial port
     vsock: Vsock | None = None
     shares: tuple[tuple[VirtioFS, int], ...] = ()  # connected to virtiofsd
+    memory: int | None = None  # a file that is the guest's memory; otherwise QEMU makes one
+    restored: bool = False  # instead of booting, wait for a saved state
 
 
 def command_line(config: VMConfig, wiring: Wiring, *, vmid: str, uuid: str) -> list[str]:
@@ -62,7 +64,7 @@ def command_line(config: VMConfig, wiring: Wiring, *, vmid: str, uuid: str) -> l
     """
     row = machine_type(config.arch, config.machine_type)
     argv = [str(config.qemu), "-name", f"sandbox-{vmid},debug-threads=on", "-uuid", uuid]
-    argv += _machine(config, row)
+    argv += _machine(config, wiring, row)
     argv += _boot(config, row)
     argv += _console(wiring, row)
     argv += _monitor(wiring)
@@ -74,17 +76,22 @@ def command_line(config: VMConfig, wiring: Wiring, *, vmid: str, uuid: str) -> l
         argv += _share(number, device, descriptor, row)
     if row.pcie:
         argv += _hotplug_ports()
+    if wiring.restored:
+        argv += ["-incoming", "defer", "-S"]
     return [*argv, "-sandbox", config.seccomp_sandbox or SANDBOX]
 
 
-def _machine(config: VMConfig, row: MachineType) -> list[str]:
+def _machine(config: VMConfig, wiring: Wiring, row: MachineType) -> list[str]:
     options = [row.name, f"accel={config.accelerator}", f"memory-backend={MEMORY}"]
     options += [part for part in (row.options, config.machine_accelerators) if part]
     cpu = config.cpu_model or ("host" if config.accelerator == KVM else row.cpu_tcg)
     smp = f"cpus={config.vcpus},sockets={config.max_vcpus},cores=1,threads=1,maxcpus={config.max_vcpus}"
     # Shared, so that virtiofsd reads and writes the guest's memory; from a memfd, so that /dev/shm's size
     # is no limit.
-    memory = f"memory-backend-memfd,id={MEMORY},size={config.memory_mib}M,share=on"
+    backend = "memory-backend-memfd"
+    if wiring.memory is not None:
+        backend = f"memory-backend-file,mem-path=/proc/self/fd/{wiring.memory}"
+    memory = f"{backend},id={MEMORY},size={config.memory_mib}M,share=on"
     argv = ["-machine", ",".join(options)]
     argv += ["-cpu", ",".join(part for part in (cpu, config.cpu_features) if part)]
     argv += ["-smp", smp, "-m", f"{config.memory_mib}M", "-object", memory]

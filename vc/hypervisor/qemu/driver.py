@@ -52,6 +52,9 @@ MIN_CID, MAX_CID = 3, 0xFFFFFFFE  # 0 to 2 and the highest are special: vsock(7)
 CID_ATTEMPTS = 64  # random ones; that this many are taken means that something else is wrong
 READ_SIZE = 16384  # bytes
 DELETE_TIMEOUT = 10.0  # seconds for the guest to give a device back
+STATE_TIMEOUT = 20.0  # seconds to write or read a machine's state, which has some 100 KB without the memory
+# The memory is in a file that we have, so it is left out of the state; and tell when it is done.
+MIGRATION_CAPABILITIES = ("events", "x-ignore-shared")
 LAST_EVENT_GRACE = 0.5  # seconds for QMP's last event after QEMU's death
 
 QMP_SOCKET = "qmp.sock"
@@ -61,7 +64,7 @@ AGENT_SOCKET = "agent.sock"
 class QemuMachine(Machine):
     """A VM run by QEMU. Made by `launch`."""
 
-    capabilities = Capabilities(shared_fs=True, block_device=True, hotplug=True, pause=True)
+    capabilities = Capabilities(shared_fs=True, block_device=True, hotplug=True, pause=True, snapshot=True)
 
     def __init__(self, child: Child, address: Address, *, root_ports: int, log_console: bool) -> None:
         self.pid = child.pid
@@ -74,6 +77,8 @@ class QemuMachine(Machine):
         self._ports: dict[Device, int] = {}
         self._deleted: dict[str, trio.Event] = {}
         self._shutdown: qmp.Shutdown | None = None
+        self._migrated: trio.Event = trio.Event()
+        self._migration_completed = False
         self._dead = trio.Event()
         self._cause = ""
 
@@ -120,6 +125,29 @@ class QemuMachine(Machine):
         del self._ports[device], self._deleted[f"hot{port}"]
         self._free_ports.append(port)
 
+    async def save_state(self, descriptor: int) -> None:
+        """See `Machine.save_state`."""
+        await self._migrate(qmp.migrate("state"), "save", descriptor)
+
+    async def load_state(self, descriptor: int) -> None:
+        """See `Machine.load_state`."""
+        await self._migrate(qmp.migrate_incoming("state"), "restore", descriptor)
+
+    async def _migrate(self, command: qmp.Command, verb: str, descriptor: int) -> None:
+        await self._execute(qmp.migrate_set_capabilities(*MIGRATION_CAPABILITIES))
+        await self._execute(qmp.getfd("state"), descriptor=descriptor)
+        await self._execute(command)
+        with trio.move_on_after(STATE_TIMEOUT):
+            async with background() as nursery:
+                nursery.start_soon(self._end_migration_at_death)
+                await self._migrated.wait()
+        if not self._migration_completed:
+            raise HypervisorError(f"QEMU did not {verb} the machine's state")
+
+    async def _end_migration_at_death(self) -> None:
+        await self._dead.wait()
+        self._migrated.set()
+
     async def _execute(self, command: qmp.Command, *, descriptor: int | None = None) -> object:
         assert self._monitor is not None
         return await self._monitor.execute(command, descriptor=descriptor)
@@ -130,6 +158,9 @@ class QemuMachine(Machine):
             self._shutdown = event
         elif isinstance(event, qmp.DeviceDeleted) and event.device in self._deleted:
             self._deleted[event.device].set()
+        elif isinstance(event, qmp.Migrated):
+            self._migration_completed = event.completed
+            self._migrated.set()
 
     async def read_console(self, connection: socket.socket) -> None:
         """Keep the tail of what the guest prints."""
@@ -155,13 +186,21 @@ class QemuMachine(Machine):
 
 @asynccontextmanager
 async def launch(
-    config: VMConfig, *, vm_dir: Path, vmid: str, netns: str | None = None, devices: Iterable[Device] = ()
+    config: VMConfig,
+    *,
+    vm_dir: Path,
+    vmid: str,
+    netns: str | None = None,
+    devices: Iterable[Device] = (),
+    memory: int | None = None,
+    restored: bool = False,
 ) -> AsyncIterator[Machine]:
     """Run a VM as long as the block lasts. Returns when QEMU was started, not when the guest is up.
 
     `vm_dir` exists and is private; sockets made in it stay there. `netns` is the path of the network
     namespace QEMU runs in, "" for a new one, None for this one. What `devices` connect to must listen
-    already.
+    already. `memory` is the descriptor of a file of the memory's size that becomes the guest's memory. With
+    `restored` the machine does not boot but waits for `load_state`.
 
     Raises:
         HypervisorError: something that QEMU needs cannot be opened or started.
@@ -177,6 +216,7 @@ async def launch(
             handed_over.callback(theirs.close)
             try:
                 wiring, address = _open(config, vm_dir, devices, theirs, handed_over)
+                wiring = replace(wiring, memory=memory, restored=restored)
                 connection = connect_nowait(vm_dir / QMP_SOCKET)
             except OSError as exc:
                 raise HypervisorError(f"cannot prepare VM {vmid} in {vm_dir}: {exc}") from exc
@@ -238,6 +278,8 @@ def _descriptors(wiring: Wiring) -> list[int]:
         found.append(wiring.agent)
     if wiring.vsock is not None:
         found.append(wiring.vsock.descriptor)
+    if wiring.memory is not None:
+        found.append(wiring.memory)
     return found
 
 

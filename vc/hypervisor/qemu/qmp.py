@@ -66,6 +66,22 @@ def device_del(device: str) -> Command:
     return Command("device_del", {"id": device})
 
 
+def migrate_set_capabilities(*names: str) -> Command:
+    """Switch capabilities of migration on."""
+    capabilities = [{"capability": name, "state": True} for name in names]
+    return Command("migrate-set-capabilities", {"capabilities": capabilities})
+
+
+def migrate(fdname: str) -> Command:
+    """Begin to write the machine's state to a descriptor that `getfd` has named."""
+    return Command("migrate", {"uri": f"fd:{fdname}"})
+
+
+def migrate_incoming(fdname: str) -> Command:
+    """Begin to read the machine's state from a descriptor that `getfd` has named."""
+    return Command("migrate-incoming", {"uri": f"fd:{fdname}"})
+
+
 @dataclass(frozen=True, slots=True)
 class Shutdown:
     """The machine ends. `by_guest`: the guest did it; the reason is QEMU's ShutdownCause."""
@@ -91,9 +107,16 @@ class Resumed:
     """The vCPUs run again."""
 
 
-Event = Shutdown | DeviceDeleted | Stopped | Resumed
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """A migration, in or out, has come to its end."""
 
-EVENT_NAMES = ("SHUTDOWN", "DEVICE_DELETED", "STOP", "RESUME")  # the others are not asked for
+    completed: bool
+
+
+Event = Shutdown | DeviceDeleted | Stopped | Resumed | Migrated
+
+EVENT_NAMES = ("SHUTDOWN", "DEVICE_DELETED", "STOP", "RESUME", "MIGRATION")  # the others are not asked for
 
 
 def parse_event_untrusted(message: Mapping[str, object]) -> Event | None:
@@ -106,12 +129,16 @@ def parse_event_untrusted(message: Mapping[str, object]) -> Event | None:
     if name == "DEVICE_DELETED":
         device = data.get("device")
         return DeviceDeleted(device) if isinstance(device, str) else None
+    if name == "MIGRATION" and data.get("status") in _MIGRATION_ENDS:
+        return Migrated(data.get("status") == "completed")
     if name == "STOP":
         return Stopped()
     if name == "RESUME":
         return Resumed()
     return None
 
+
+_MIGRATION_ENDS = ("completed", "failed", "cancelled")  # MigrationStatus of the manual
 
 # ShutdownCause of the manual, for what a guest can bring about itself
 _GUEST_REASONS = {

@@ -8,7 +8,9 @@ containerd, never meet, what is left over can be told from what is not ours, and
 import os
 import re
 import secrets
+import select
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,11 +29,13 @@ TIMEOUT = 60.0
 STOP_TIMEOUT = 15.0
 
 CONFIG = """\
-version = 2
+version = {version}
 root = "{directory}/root"
 state = "{directory}/state"
 disabled_plugins = [
   "io.containerd.grpc.v1.cri",
+  "io.containerd.cri.v1.images",
+  "io.containerd.cri.v1.runtime",
   "io.containerd.snapshotter.v1.aufs",
   "io.containerd.snapshotter.v1.btrfs",
   "io.containerd.snapshotter.v1.devmapper",
@@ -69,13 +73,17 @@ class Result:
 class Containerd:
     """A running containerd with the busybox image; use it as a context manager."""
 
-    def __init__(self, runtime: Callable[[Path], Runtime], *, level: str = "debug") -> None:
+    def __init__(
+        self, runtime: Callable[[Path], Runtime], *, level: str = "debug", programs: Path | None = None
+    ) -> None:
+        """Take daemon, client and so on from the directory `programs`, by default from those on PATH."""
         self.directory = Path(tempfile.mkdtemp(prefix="kata-"))
         self.namespace = f"t-{secrets.token_hex(4)}"
         self.runtime = runtime(self.directory)
         self.log_path = self.directory / "containerd.log"
         self.ids: list[str] = []  # of all containers that were ever asked for
         self._level = level
+        self._programs = programs
         self._daemon: subprocess.Popen[bytes] | None = None
         self._snapshotter = "overlayfs"
 
@@ -97,10 +105,21 @@ class Containerd:
         """Start the daemon with a configuration of its own. The caller calls close(), also if this fails."""
         for name in ("fifo", "tmp"):
             (self.directory / name).mkdir()
-        config = CONFIG.format(directory=self.directory, level=self._level)
+        # Version 3 came with containerd 2.0, which also reads 2; 1.7 refuses it (containerd: docs/ops.md).
+        version = 3 if self.version()[0] >= 2 else 2
+        config = CONFIG.format(directory=self.directory, level=self._level, version=version)
         (self.directory / "config.toml").write_text(config)
         self.start_daemon()
         self._snapshotter = self._pick_snapshotter()
+
+    def version(self) -> tuple[int, ...]:
+        """Return the version of the daemon's program, as in (1, 7, 24)."""
+        argv = ["containerd", "--version"]
+        line = subprocess.run(argv, env=self.environ, capture_output=True, text=True, check=True).stdout
+        match = re.search(r" v?(\d+)\.(\d+)\.(\d+)", line)
+        if match is None:
+            raise HarnessError(f"containerd --version says {line!r}")
+        return tuple(int(part) for part in match.groups())
 
     def import_image(self) -> None:
         """Build the busybox image and give it to the daemon."""
@@ -121,9 +140,12 @@ class Containerd:
     @property
     def environ(self) -> Mapping[str, str]:
         """The environment of the daemon and of its clients."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("KATA_")}
+        path = {**inherited, **self.runtime.environ}["PATH"]
         return {
-            **{name: value for name, value in os.environ.items() if not name.startswith("KATA_")},
+            **inherited,
             **self.runtime.environ,
+            "PATH": path if self._programs is None else f"{self._programs}:{path}",
             MARK: str(self.directory),
             "TMPDIR": f"{self.directory}/tmp",
             "CONTAINERD_ADDRESS": self.address,
@@ -133,17 +155,35 @@ class Containerd:
 
     def start_daemon(self) -> None:
         """Start the daemon, again after stop_daemon(), and return when it answers."""
-        with self.log_path.open("ab") as log:
-            self._daemon = subprocess.Popen(
-                ["containerd", "--config", f"{self.directory}/config.toml"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self.environ,
-                cwd=self.directory,
-                start_new_session=True,
-            )
-        self.ctr("version")  # the client itself waits for the socket
+        address = self.directory / "ready.sock"
+        # It tells a service manager when it is ready (sd_notify(3)); a client of 2.x does not wait for it.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, self.log_path.open("ab") as log:
+            ready.bind(str(address))
+            try:
+                self._daemon = subprocess.Popen(
+                    ["containerd", "--config", f"{self.directory}/config.toml"],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env={**self.environ, "NOTIFY_SOCKET": str(address)},
+                    cwd=self.directory,
+                    start_new_session=True,
+                )
+                self._wait_ready(ready)
+            finally:
+                address.unlink()
+
+    def _wait_ready(self, ready: socket.socket) -> None:
+        dead = os.pidfd_open(self.daemon_pid)
+        try:
+            while dead not in (readable := select.select([ready.fileno(), dead], [], [], TIMEOUT)[0]):
+                if not readable:
+                    raise HarnessError(f"containerd is not ready after {TIMEOUT} s:\n{self.log_since(0)}")
+                if b"READY=1" in ready.recv(4096).split(b"\n"):
+                    return
+        finally:
+            os.close(dead)
+        raise HarnessError(f"containerd ended at once:\n{self.log_since(0)}")
 
     def stop_daemon(self) -> None:
         """End the daemon alone: shims and their containers live on."""

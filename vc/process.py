@@ -293,9 +293,10 @@ class Process:
 
 
 async def _discard(output: trio.abc.ReceiveStream) -> None:
-    """Read to the end."""
+    """Read to the end, and close."""
     try:
-        async for _ in output:
-            pass
+        async with output:
+            async for _ in output:
+                pass
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         pass  # the guest is gone, and the output with it

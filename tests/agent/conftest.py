@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from agent_harness import Guest, RunningAgent, connected, make_rootfs, missing, running_agent
+
+from tests.harness.agent import Guest, RunningAgent, connected, make_rootfs, missing, running_agent
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

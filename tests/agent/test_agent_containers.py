@@ -14,7 +14,7 @@ from protos.kata import agent_pb2, oci_pb2
 from ttrpc.status import Code, StatusError
 
 if TYPE_CHECKING:
-    from agent_harness import Guest
+    from tests.harness.agent import Guest
 
 pytestmark = pytest.mark.integration
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
-from agent_harness import AGENT, HEALTH, connect
 
 from protos.kata import agent_pb2, health_pb2, types_pb2
+from tests.harness.agent import AGENT, HEALTH, connect
 from ttrpc.client import Client, ConnectionClosed
 from ttrpc.status import Code, StatusError
 
 if TYPE_CHECKING:
-    from agent_harness import Guest, RunningAgent
+    from tests.harness.agent import Guest, RunningAgent
 
 pytestmark = pytest.mark.integration
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
-from agent_harness import Refused, receive_all
 
+from tests.harness.agent import Refused, receive_all
 from ttrpc.status import Code, StatusError
 
 if TYPE_CHECKING:
-    from agent_harness import Guest
+    from tests.harness.agent import Guest
 
 pytestmark = pytest.mark.integration
 

@@ -65,6 +65,16 @@ def build_parser() -> argparse.ArgumentParser:
     env = commands.add_parser("env", aliases=["kata-env"], help="show what is configured and installed")
     env.add_argument("--json", action="store_true", help="as JSON instead of TOML")
     env.add_argument("--keys", action="store_true", help="list the configuration keys instead")
+    factory = commands.add_parser("factory", help="steer the template that VMs are started from")
+    actions = factory.add_subparsers(dest="action", metavar="ACTION", required=True)
+    init = actions.add_parser("init", help="make the template, unless there is one")
+    init.add_argument(
+        "--background",
+        action="store_true",
+        help="use only processor time that nobody else wants, and end if another process is making one",
+    )
+    actions.add_parser("status", help="tell whether there is a template")
+    actions.add_parser("destroy", help="remove all templates")
     return parser
 
 
@@ -106,12 +116,20 @@ def run_env(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_factory(args: argparse.Namespace) -> int:
+    """Steer the template that VMs are started from."""
+    from cli.factory import run_factory
+
+    return run_factory(args)
+
+
 COMMANDS = {
     "version": show_version,
     "check": run_check,
     "kata-check": run_check,
     "env": run_env,
     "kata-env": run_env,
+    "factory": run_factory,
 }
 
 if __name__ == "__main__":

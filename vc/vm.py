@@ -50,7 +50,7 @@ class Snapshot:
     """What a VM needs to go on from where another one was saved. The descriptors stay the caller's."""
 
     memory: int  # the descriptor of a file that becomes the guest's memory
-    load_memory: Callable[[], None]  # fills it; blocks. Raises: OSError
+    load_memory: Callable[[], object]  # fills it; blocks. Raises: OSError
     state: int  # the descriptor of the machine's saved state
     details: agent_pb2.GuestDetailsResponse
 

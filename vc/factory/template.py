@@ -1,0 +1,151 @@
+"""The factory that restores a saved VM, and boots one where none fits.
+
+A template fits one configuration exactly. It is looked for at each start, so making, replacing or removing
+one needs no word to anybody. The rule: a template never makes a pod fail. What is missing, foreign, broken
+or does not start is told to the log, and the VM is booted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TypedDict
+
+import trio
+from google.protobuf.message import DecodeError
+
+from protos.kata import agent_pb2
+from vc.background import background
+from vc.config import Config
+from vc.errors import HypervisorError, Unsupported
+from vc.factory.identity import identify
+from vc.factory.later import Later
+from vc.factory.memory import load_memory, new_memory
+from vc.factory.templates import BrokenTemplate, ForeignTemplate, Template, Templates
+from vc.hypervisor.base import VMConfig
+from vc.hypervisor.configure import vm_config
+from vc.vm import VM, Snapshot, boot_vm
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+RESTORE_TIMEOUT = 15.0  # seconds; it takes less than one, and a boot must still be possible afterwards
+RETRY_AFTER = 600.0  # seconds until a template that could not be made is tried again
+
+
+class Place(TypedDict):
+    """Where a VM is to run: see `boot_vm`."""
+
+    vmid: str
+    netns: str | None
+    shared_dir: Path | None
+
+
+class TemplateFactory:
+    """Restores, or boots. See `vc.factory.Factory`."""
+
+    def __init__(self, templates: Templates, base: VMConfig, config_path: Path | None = None) -> None:
+        """`base` is the VM that the template is made of.
+
+        With the path of the configuration that says so, a missing template is made by another process.
+        """
+        self._templates = templates
+        self._base = base
+        self._config_path = config_path
+
+    @asynccontextmanager
+    async def vm(
+        self, config: VMConfig, *, vmid: str, netns: str | None, shared_dir: Path | None
+    ) -> AsyncIterator[VM]:
+        """Give a VM, restored if possible."""
+        place = Place(vmid=vmid, netns=netns, shared_dir=shared_dir)
+        async with AsyncExitStack() as stack:
+            key = await self._key(config)
+            vm = await self._restored(stack, config, place, key) if key else None
+            if vm is None:
+                vm = await stack.enter_async_context(boot_vm(config, **place))
+                if key:
+                    await self._after_boot(stack, key)
+            yield vm
+
+    async def _key(self, config: VMConfig) -> str:
+        """Return the key of the template that fits; empty if there can be none."""
+        wanted, base = (config.vcpus, config.memory_mib), (self._base.vcpus, self._base.memory_mib)
+        if wanted != base:
+            log.info(
+                "booting: the pod is to have %d vCPUs and %d MiB, a VM from the template has %d and %d",
+                *wanted,
+                *base,
+            )
+            return ""
+        try:
+            key, _ = await trio.to_thread.run_sync(identify, config)
+            own_key, _ = await trio.to_thread.run_sync(identify, self._base)
+        except (HypervisorError, Unsupported):
+            return ""  # the boot fails of the same, and tells it in its own words
+        if key != own_key:
+            log.info("booting: the pod changes the VM's configuration, so the template does not fit")
+            return ""
+        return key
+
+    async def _restored(self, stack: AsyncExitStack, config: VMConfig, place: Place, key: str) -> VM | None:
+        """Restore a VM on `stack`; None if that is not possible."""
+        config = replace(config, dial_timeout=min(config.dial_timeout, RESTORE_TIMEOUT))
+        memory = new_memory(config.memory_mib * MIB)
+        try:
+            with self._templates.opened(key) as template:
+                if template is None:
+                    log.info("booting: there is no template %s yet", key)
+                    return None
+                snapshot = _snapshot(template, memory, config.memory_mib * MIB)
+                return await stack.enter_async_context(boot_vm(config, **place, snapshot=snapshot))
+        except ForeignTemplate as exc:
+            log.warning("booting: the template is not used: %s", exc)
+        except BrokenTemplate as exc:
+            log.warning("booting: template %s is thrown away: %s", key, exc)
+            self._templates.discard(key)
+        except HypervisorError as exc:
+            log.warning("booting: template %s is thrown away, since no VM comes out of it: %s", key, exc)
+            self._templates.discard(key)
+        finally:
+            os.close(memory)
+        return None
+
+    async def _after_boot(self, stack: AsyncExitStack, key: str) -> None:
+        """See to it that later pods find a template, without being in the way of this one."""
+        failure = self._templates.failure(key)
+        if failure is not None and 0 <= failure[0] < RETRY_AFTER:
+            log.info("no template is made: it failed %.0f s ago: %s", *failure)
+            return
+        if self._config_path is not None:
+            later = Later(self._config_path)
+            stack.callback(later.ask_and_leave)
+            nursery = await stack.enter_async_context(background())
+            nursery.start_soon(later.run)
+
+
+def _snapshot(template: Template, memory: int, memory_bytes: int) -> Snapshot:
+    """Make of an open template what a VM needs. Raises: BrokenTemplate."""
+    manifest = template.manifest
+    if manifest.memory_bytes != memory_bytes:
+        raise BrokenTemplate(f"it has {manifest.memory_bytes} bytes of memory instead of {memory_bytes}")
+    try:
+        details = agent_pb2.GuestDetailsResponse.FromString(manifest.guest_details)
+    except DecodeError as exc:
+        raise BrokenTemplate(f"what its guest told about itself cannot be read: {exc}") from exc
+    return Snapshot(
+        memory=memory,
+        load_memory=partial(load_memory, template.memory, memory),
+        state=template.state,
+        details=details,
+    )
+
+
+def template_factory(config: Config) -> TemplateFactory:
+    """Return the factory that the configuration asks for, without any pod's changes."""
+    return TemplateFactory(Templates(config.factory.template_path), vm_config(config), config.source)

@@ -30,7 +30,7 @@ from vc.config import Config, apply_annotations
 from vc.container import Container
 from vc.errors import AlreadyExists, GuestGone, NotFound, Unsupported
 from vc.factory import Factory
-from vc.factory.direct import DirectFactory
+from vc.factory.select import make_factory
 from vc.hypervisor.base import VMConfig
 from vc.hypervisor.configure import vm_config
 from vc.network.scan import interfaces_of
@@ -213,6 +213,7 @@ async def open_sandbox(
         AlreadyExists: there is one of this id, alive or not cleaned up.
         VCError: why it cannot be; nothing is left of it then.
     """
+    maker = factory or make_factory(config)
     config = apply_annotations(config, spec.annotations)
     for warning in config.warnings:
         log.warning("%s", warning)
@@ -225,7 +226,6 @@ async def open_sandbox(
         store.save(layout, _record(spec, vmid))
         share = Share(layout.mounts(spec.id), layout.shared(spec.id))
         await enter(stack, shared_directory(share))
-        maker = factory or DirectFactory()
         vm = await stack.enter_async_context(
             maker.vm(_vm_config(spec, config), vmid=vmid, shared_dir=share.shared, netns=spec.netns)
         )

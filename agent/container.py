@@ -184,6 +184,10 @@ class Container:
             self.cgroup.kill()
             self.init.kill(SIGKILL)
 
+    def wait_ended(self) -> bool:
+        """Wait a moment for a killed init process; whether it has ended."""
+        return self.init is None or self.init.wait(KILL_SECONDS) is not None
+
     def update(self, limits: oci.Json) -> None:
         """Change limits. Those that are not given stay as they are."""
         with self.lock:

@@ -156,7 +156,14 @@ class Reaper:
         self._born.set()
         return child
 
-    def run(self, argv: Sequence[str], *, data: bytes = b"", check: bool = True) -> tuple[int, bytes]:
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        data: bytes = b"",
+        check: bool = True,
+        environment: Mapping[str, str] = ENVIRONMENT,
+    ) -> tuple[int, bytes]:
         """Run a program to its end, giving it `data`; returns its status, and its output and errors in one.
 
         Raises:
@@ -165,7 +172,7 @@ class Reaper:
         reader, writer = os.pipe()
         source, sink = os.pipe() if data else (None, None)
         try:
-            child = self.spawn(argv, stdin=source, stdout=writer, stderr=writer)
+            child = self.spawn(argv, stdin=source, stdout=writer, stderr=writer, environment=environment)
         except BaseException:
             os.close(reader)
             if sink is not None:

@@ -11,6 +11,7 @@ import os
 from typing import TYPE_CHECKING
 
 from agent.errors import RuntimeFailed
+from agent.reaper import PATH
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from agent.reaper import Child, Reaper
 
 MAX_LOG = 16 << 10
+
+# crun copies and re-executes itself before it enters a container, so that no container can write to its
+# file (CVE-2019-5736). With this variable it asks first whether that lies on a read-only file system, as
+# it does in our guest, and is content: libcrun, cloned_binary.c. To load crun once instead of twice saves
+# a fifth of an exec.
+ENVIRONMENT = {"PATH": PATH, "_LIBCONTAINER_CLONED_BINARY": "1"}
 
 
 class Crun:
@@ -82,7 +89,8 @@ class Crun:
         self._run(["delete", "--force", container_id])
 
     def _run(self, argv: list[str]) -> None:
-        status, output = self._reaper.run(["crun", "--root", self._root, *argv], check=False)
+        command = ["crun", "--root", self._root, *argv]
+        status, output = self._reaper.run(command, check=False, environment=ENVIRONMENT)
         if status:
             text = output.decode("utf-8", "replace").strip()
             raise RuntimeFailed(text or f"crun {argv[0]} ended with status {status}")
@@ -96,6 +104,7 @@ class Crun:
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
+                environment=ENVIRONMENT,
             )
             status = crun.wait()
             if status:

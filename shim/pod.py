@@ -320,17 +320,22 @@ class Pod:
         for record in list(task.execs.values()):
             record.end(KILLED_STATUS, time.time())
             await self._close_io(record)
+        last = task.owns_sandbox or len(self.tasks) == 1
+        if not last:  # else the VM goes, and the container with it
+            await self._remove_container(task)
+        with trio.move_on_after(OUTPUT_END_WAIT):
+            await task.init.io.wait_finished()
+        await self._close_io(task.init)
+        self.tasks.remove(task.id)
+        if last:
+            await self.end_sandbox(SANDBOX_END_WAIT)
+
+    async def _remove_container(self, task: Task) -> None:
         try:
             await task.container.delete()
         except VCError:
             # The record goes all the same, or the client could never get rid of it; `delete` comes after us.
             log.exception("%s was not removed cleanly", task.init.name)
-        with trio.move_on_after(OUTPUT_END_WAIT):
-            await task.init.io.wait_finished()
-        await self._close_io(task.init)
-        self.tasks.remove(task.id)
-        if task.owns_sandbox or not len(self.tasks):
-            await self.end_sandbox(SANDBOX_END_WAIT)
 
     async def _close_io(self, record: ProcessRecord) -> None:
         await record.io.close()

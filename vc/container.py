@@ -188,8 +188,13 @@ class Container:
         with trio.CancelScope(shield=True):
             with trio.move_on_after(DELETE_TIMEOUT):
                 await self._remove_quietly()
+            await self.release()
+
+    async def release(self) -> None:
+        """Give back what the host holds for it, and forget it. The guest is gone. Safe to run twice."""
+        with trio.CancelScope(shield=True):  # each step of the undo has its own bound
             await self._undo.aclose()
-            self._forget()
+        self._forget()
 
     async def _remove_quietly(self) -> None:
         try:

@@ -28,7 +28,7 @@ from vc.blocking import enter
 from vc.cleanup import start_ticks
 from vc.config import Config, apply_annotations
 from vc.container import Container
-from vc.errors import AlreadyExists, GuestGone, NotFound, Unsupported
+from vc.errors import AlreadyExists, GuestGone, NotFound, Unsupported, VCError
 from vc.factory import Factory
 from vc.factory.select import make_factory
 from vc.hypervisor.base import VMConfig
@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 SHARE_TAG = "kataShared"  # Kata's virtiofs tag
 GUEST_SHM = "/run/kata-containers/sandbox/shm"  # Kata's place for the pod's /dev/shm
 SHM_OPTIONS = ("noexec", "nosuid", "nodev", "mode=1777")
+END_TIMEOUT = 2.0  # seconds for the guest's own end; a hung one is killed all the same
 HOSTNAME_MAX = 64  # bytes: linux/utsname.h, __NEW_UTS_LEN
 
 
@@ -79,11 +80,18 @@ class Sandbox:
     """A running sandbox. `open_sandbox` makes them."""
 
     def __init__(
-        self, spec: SandboxSpec, config: Config, share: Share, vm: VM, nursery: trio.Nursery
+        self,
+        spec: SandboxSpec,
+        config: Config,
+        share: Share,
+        vm: VM,
+        nursery: trio.Nursery,
+        containers: dict[str, Container],
     ) -> None:
+        """`containers` is empty; whoever opened the sandbox releases what is in it at the end."""
         self.id = spec.id
         self.spec = spec
-        self.containers: dict[str, Container] = {}
+        self.containers = containers
         self._config = config
         self._share = share
         self._vm = vm
@@ -226,13 +234,31 @@ async def open_sandbox(
         store.save(layout, _record(spec, vmid))
         share = Share(layout.mounts(spec.id), layout.shared(spec.id))
         await enter(stack, shared_directory(share))
+        containers: dict[str, Container] = {}
+        stack.push_async_callback(_release, containers)
         vm = await stack.enter_async_context(
             maker.vm(_vm_config(spec, config), vmid=vmid, shared_dir=share.shared, netns=spec.netns)
         )
         _report_interfaces(spec, vm.machine.pid)
         nursery = await stack.enter_async_context(background())
         await _prepare_guest(spec, config, vm.agent)
-        yield Sandbox(spec, config, share, vm, nursery)
+        stack.push_async_callback(_end_guest, vm.agent)
+        yield Sandbox(spec, config, share, vm, nursery, containers)
+
+
+async def _end_guest(agent: AgentClient) -> None:
+    """Let the guest write out what it holds of the shared files; then it may be killed."""
+    with trio.move_on_after(END_TIMEOUT, shield=True):
+        try:
+            await agent.destroy_sandbox(timeout=END_TIMEOUT)
+        except VCError as exc:
+            log.debug("the guest was not ended in order: %s", exc)
+
+
+async def _release(containers: Mapping[str, Container]) -> None:
+    """Give back what the host holds for containers that nobody deleted before the VM ended."""
+    for container in list(containers.values()):
+        await container.release()
 
 
 def _record(spec: SandboxSpec, vmid: str) -> SandboxRecord:

@@ -182,6 +182,15 @@ END
     cmp -s "$file.new" "$file" && rm "$file.new" || mv "$file.new" "$file"
 }
 
+# The containerds of other Debian suites. One that cannot be had is reported here, and its tests say so too.
+fetch_generations() {
+    local suite
+    for suite in trixie sid; do
+        KEEP_GOING=1 step "containerd of Debian $suite" \
+            "$ROOT/scripts/fetch_containerd" "$suite" --out "$OUT/containerd"
+    done
+}
+
 # What the guest is made from: its recipe, and the parts of this tree that it carries.
 guest_inputs() {
     (cd "$ROOT" && find scripts/build_guest scripts/guest agent ttrpc yamux protos/kata protos/ttrpc \

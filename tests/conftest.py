@@ -2,7 +2,7 @@
 
 A test that cannot run for want of something is skipped with a sentence that says what is missing. With
 KATA_REQUIRE_ALL=1 (as in CI, where everything is there) such a skip is a failure: otherwise a broken set-up
-would look like success.
+would look like success. Only what nobody can promise (NotToBeHad) may still be missing.
 """
 
 import os
@@ -10,6 +10,8 @@ from collections.abc import Generator
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.harness.skips import NotToBeHad
 
 # How long an example takes says something about the machine: a busy one is no failure.
 settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -19,9 +21,14 @@ REQUIRE_ALL = os.environ.get("KATA_REQUIRE_ALL") == "1"
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    call: pytest.CallInfo[None],
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if REQUIRE_ALL and report.skipped and not hasattr(report, "wasxfail"):
+    expected = hasattr(report, "wasxfail") or (
+        call.excinfo is not None and isinstance(call.excinfo.value, NotToBeHad)
+    )
+    if REQUIRE_ALL and report.skipped and not expected:
         report.outcome = "failed"
         report.longrepr = f"skipped although KATA_REQUIRE_ALL=1: {report.longreprtext}"
     return report

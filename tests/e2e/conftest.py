@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +28,7 @@ log_key = pytest.StashKey[tuple[Containerd, int]]()
 class MakeContainerd(Protocol):
     """Makes a containerd beside the one that all tests share."""
 
-    def __call__(self) -> Containerd: ...
+    def __call__(self, *, programs: Path | None = None) -> Containerd: ...
 
 
 class NoLeaks(Protocol):
@@ -54,7 +55,7 @@ def make_containerd() -> MakeContainerd:
     def runtime(directory: Path) -> Runtime:
         return runtimes.runc() if chosen == "runc" else runtimes.kata(directory)
 
-    return lambda: Containerd(runtime)
+    return partial(Containerd, runtime)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,190 @@
+"""The containerds that users have: a chosen part of the end-to-end tests on 1.7 and on 2.x.
+
+The other files run on the containerd of this machine. Here their tests run again, with this file's fixtures,
+on those that scripts/fetch_containerd unpacked; what differs between the generations has tests of its own.
+"""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import MakeContainerd, NoLeaks
+
+# Collected again under this file's name, and with its `containerd`, `events` and `shared`.
+from tests.e2e.test_e2e_crashes import (  # noqa: F401
+    test_a_shim_that_is_killed_takes_everything_with_it,
+    test_an_exit_while_the_daemon_is_away_is_known_afterwards,
+    test_containers_outlive_the_daemon,
+)
+from tests.e2e.test_e2e_exec import (  # noqa: F401
+    test_a_missing_program_is_an_error_and_not_a_hang,
+    test_a_signal_from_outside_reaches_the_exec_alone,
+    test_an_exec_id_that_is_in_use_is_refused,
+    test_events_of_an_exec_lie_between_those_of_its_container,
+)
+from tests.e2e.test_e2e_run import (  # noqa: F401
+    test_a_killed_container_has_the_exit_status_of_the_signal,
+    test_a_program_that_does_not_exist_is_an_error_and_leaves_nothing,
+    test_detached_and_deleted_later,
+    test_stdin_reaches_the_container_and_its_end_too,
+)
+from tests.e2e.test_e2e_tasks import (  # noqa: F401
+    test_a_paused_container_stands_still,
+    test_a_running_task_is_not_deleted_without_force,
+    test_metrics_are_those_of_the_container,
+    test_pids_are_those_of_live_processes_of_the_host,
+    ticking,
+)
+from tests.harness.containerd import Containerd, HarnessError
+from tests.harness.events import Recorder
+from tests.harness.runtimes import ROOT, Runtime
+from tests.harness.skips import NotToBeHad
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Those containerds that a suite of Debian stands for."""
+
+    suite: str
+    first: tuple[int, ...]  # the lowest version that counts
+    moves: (
+        bool  # the suite changes from day to day: that it cannot be had, or not run here, is nobody's fault
+    )
+
+    @property
+    def programs(self) -> Path:
+        out = Path(os.environ.get("KATA_OUT", ROOT / "build"))
+        return out / "containerd" / self.suite / "usr" / "bin"
+
+    def skip(self, why: str) -> None:
+        text = f"no containerd of Debian's {self.suite} to test with: {why}"
+        if self.moves:
+            raise NotToBeHad(text)
+        pytest.skip(text)
+
+
+GENERATIONS = [
+    pytest.param(Generation("trixie", (1, 7), moves=False), id="1.7"),
+    pytest.param(Generation("sid", (2, 0), moves=True), id="2"),
+]
+
+
+@pytest.fixture(scope="module", params=GENERATIONS)
+def generation(request: pytest.FixtureRequest) -> Generation:
+    chosen: Generation = request.param
+    if not (chosen.programs / "containerd").exists():
+        chosen.skip(f"run scripts/fetch_containerd {chosen.suite}; if it cannot fetch it, it says why")
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def make_containerd(make_containerd: MakeContainerd, generation: Generation) -> MakeContainerd:
+    """As everywhere, but with the generation's programs."""
+    return partial(make_containerd, programs=generation.programs)
+
+
+@pytest.fixture(scope="module")
+def containerd(make_containerd: MakeContainerd, generation: Generation) -> Iterator[Containerd]:
+    daemon = make_containerd()
+    try:
+        try:
+            daemon.open()
+        except HarnessError as exc:
+            generation.skip(f"it does not start here: {exc}")
+        if daemon.version() < generation.first:
+            generation.skip(f"it is {daemon.version()}")
+        daemon.import_image()
+        yield daemon
+    finally:
+        daemon.close()
+
+
+@pytest.fixture(autouse=True)
+def _starts(containerd: Containerd) -> None:
+    """Whatever daemon a test makes for itself: it is judged only if this generation starts here."""
+
+
+@pytest.fixture(scope="module")
+def events(containerd: Containerd) -> Iterator[Recorder]:
+    with Recorder(containerd) as recorder:
+        yield recorder
+
+
+@pytest.fixture(scope="module")
+def shared(containerd: Containerd) -> Iterator[str]:
+    with containerd.running() as container:
+        yield container
+
+
+def bundle_of(containerd: Containerd, container: str) -> Path:
+    task = "io.containerd.runtime.v2.task"  # containerd: the plugin's id names its directory
+    return containerd.directory / "state" / task / containerd.namespace / container
+
+
+def test_the_daemon_finds_the_shim_where_each_generation_looks(containerd: Containerd, shared: str) -> None:
+    """1.7 reads `address`, which the shim writes; 2.x notes for itself what `start` printed."""
+    bundle = bundle_of(containerd, shared)
+    address = (bundle / "address").read_text()
+    assert address.startswith("unix:///")
+    parameters = bundle / "bootstrap.json"
+    assert parameters.exists() == (containerd.version() >= (2, 0))
+    if parameters.exists():
+        # A plain address stands for version 2: the only one that every daemon takes.
+        assert json.loads(parameters.read_text()) == {"version": 2, "address": address, "protocol": "ttrpc"}
+
+
+def test_what_the_runtime_says_of_itself_reaches_the_client(
+    containerd: Containerd, vm_runtime: Runtime, tmp_path: Path
+) -> None:
+    """Only 2.x asks; for 1.7 the program is run as 2.x would run it."""
+    if containerd.version() >= (2, 0):
+        arguments = ["--runtime", vm_runtime.name, "--runtime-config-path", str(tmp_path / "options.toml")]
+        said = containerd.ctr("plugins", "inspect-runtime", *arguments).stdout
+        described = json.loads(said)
+        assert described["Name"] == vm_runtime.name
+        assert "mount" in described["Features"]["linux"]["namespaces"], described
+        assert described["Options"]["config_path"] == str(tmp_path / "options.toml")
+    else:
+        done = subprocess.run(
+            ["containerd-shim-kata-v2", "-info"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=containerd.environ,
+            check=True,
+        )
+        assert vm_runtime.name.encode() in done.stdout
+        assert done.stderr == b""
+
+
+def test_the_runtime_options_name_the_configuration(
+    containerd: Containerd, vm_runtime: Runtime, no_leaks: NoLeaks
+) -> None:
+    config = containerd.directory / "other.toml"
+    text = (containerd.directory / "configuration.toml").read_text()
+    config.write_text(re.sub(r"(?m)^default_vcpus *=.*$", "default_vcpus = 2", text))
+    with no_leaks():
+        flags = ["--runtime-config-path", str(config)]
+        assert containerd.run("nproc", flags=flags).stdout == b"2\n"
+        missing = containerd.directory / "no-such.toml"
+        refused = containerd.run("true", flags=["--runtime-config-path", str(missing)])
+        assert refused.exit_status != 0
+        assert str(missing).encode() in refused.stderr, refused
+
+
+def test_forced_deletion_ends_what_runs_and_leaves_nothing(
+    containerd: Containerd, events: Recorder, no_leaks: NoLeaks
+) -> None:
+    with no_leaks():
+        container = containerd.new_id()
+        containerd.ctr(*containerd.run_arguments("sleep", "1000", container=container, flags=["--detach"]))
+        assert containerd.delete_task(container, "--force") == 137
+        containerd.ctr("container", "rm", container)
+    events.wait_for(container, "delete")
+    assert events.topics(container) == ["create", "start", "exit", "delete"]

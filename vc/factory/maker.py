@@ -94,7 +94,7 @@ async def _fill(
     ]
     try:
         async with boot_vm(private, vmid=secrets.token_hex(8), netns="", memory=memory) as vm:
-            await warm_up(vm.agent)
+            await warm_up(vm.agent, vm.details)
             details = vm.details
             data_bytes = await _save(vm, memory, files)
         for path in ("run/vm", "run"):

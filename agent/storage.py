@@ -6,6 +6,7 @@ Drivers are in a table; each brings the source to where it can be mounted, and t
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import threading
@@ -114,6 +115,25 @@ def _plain(entry: messages.Storage) -> None:
     mounts.mount(entry.source, entry.mount_point, entry.fstype, entry.options)
 
 
+def _share(entry: messages.Storage) -> None:
+    """Mount what a device of the VM shares, when the device has appeared."""
+    from agent import uevents
+
+    os.makedirs(entry.mount_point, exist_ok=True)
+
+    def mounted() -> bool:
+        try:
+            mounts.mount(entry.source, entry.mount_point, entry.fstype, entry.options)
+        except RuntimeFailed as exc:
+            # The kernel's answer as long as no device has that tag: virtio_fs_get_tree, fs/fuse/virtio_fs.c
+            if isinstance(exc.__cause__, OSError) and exc.__cause__.errno == errno.EINVAL:
+                return False
+            raise
+        return True
+
+    uevents.wait_for(mounted, f'the shared file system "{entry.source}"')
+
+
 def _bind(entry: messages.Storage) -> None:
     """Bind a directory or file."""
     if os.path.isdir(entry.source):
@@ -161,7 +181,7 @@ def _local(entry: messages.Storage) -> None:
 
 
 _DRIVERS: dict[str, Callable[[messages.Storage], None]] = {
-    "virtio-fs": _plain,
+    "virtio-fs": _share,
     "9p": _plain,
     "overlayfs": _plain,
     "bind": _bind,

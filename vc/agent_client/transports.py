@@ -42,6 +42,9 @@ POLL_INTERVAL = 0.02  # seconds between attempts, where nothing tells when the g
 # answers the first one whenever it comes; a repeat helps only one that was stuck in an older session.
 FIRST_REPEAT = 4.0
 READ_SIZE = 65536  # bytes
+# What a guest may send on a stream before we have taken any of it. With yamux's own 256 KiB it would wait for
+# our word after each half of that; it costs memory only while somebody does not read.
+MAX_WINDOW = 1 << 20  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +289,7 @@ async def _open_serial(path: Path, timeout: float) -> AsyncIterator[Transport]:
             stream, first_bytes = await _shake_hands(path)
     except trio.TooSlowError:
         raise Timeout(f"the agent did not answer on the serial line {path} within {timeout:g} s") from None
-    session = Session(stream, client=True, first_bytes=first_bytes)
+    session = Session(stream, client=True, max_window=MAX_WINDOW, first_bytes=first_bytes)
     transport = _SerialTransport(path, session)
     async with background() as nursery:
         await nursery.start(transport.carry)

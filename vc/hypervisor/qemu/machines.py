@@ -41,6 +41,7 @@ _Q35 = MachineType(
     arch="x86_64",
     name="q35",
     options="usb=off,sata=off,smbus=off,vmport=off",
+    cpu_tcg="max,erms=off,fsrm=off",  # with them the kernel copies by `rep movsb`, a byte at a time under TCG
     console="ttyS0",
     serial_device="isa-serial",
     pcie=True,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -198,12 +199,11 @@ class Process:
             if not self.stdio.terminal:
                 self.stderr = CallReader(self._agent, "ReadStderr", self.container_id, self.exec_id)
             return
-        if ports.stdin:
-            self.stdin = await self._agent.dial(ports.stdin)
-        if ports.stdout:
-            self.stdout = await self._agent.dial(ports.stdout)
-        if ports.stderr:
-            self.stderr = await self._agent.dial(ports.stderr)
+        numbers = {"stdin": ports.stdin, "stdout": ports.stdout, "stderr": ports.stderr}
+        await together(*(partial(self._dial, name, port) for name, port in numbers.items() if port))
+
+    async def _dial(self, name: str, port: int) -> None:
+        setattr(self, name, await self._agent.dial(port))
 
     async def _null_unwanted(self, nursery: trio.Nursery) -> None:
         """Do for streams that nobody asked for what /dev/null would: input ends, output goes nowhere.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import TypeVar
 
 import trio
@@ -305,7 +304,7 @@ async def together(*orders: Callable[[], Awaitable[object]]) -> None:
     try:
         async with trio.open_nursery() as nursery:
             for order in orders:
-                nursery.start_soon(partial(_await, order))
+                nursery.start_soon(_await, order)
     except* VCError as group:
         failures = group.exceptions
     if failures:

@@ -25,7 +25,7 @@ DELAY = 2.0  # seconds that a pod is given for its own start
 def maker_command(config_path: Path) -> list[str] | None:
     """Return the command that makes a template; None if the program is not installed."""
     beside_us = Path(sys.argv[0]).with_name(PROGRAM)
-    program = shutil.which(beside_us) or shutil.which(PROGRAM)
+    program = shutil.which(str(beside_us)) or shutil.which(PROGRAM)
     if program is None:
         return None
     return [program, "--config", str(config_path), "factory", "init", "--background"]

@@ -20,7 +20,7 @@ import trio
 from protos.kata import agent_pb2
 from vc.errors import HypervisorError, Unsupported, VCError
 from vc.factory.identity import identify
-from vc.factory.memory import new_memory, save_memory
+from vc.factory.memory import checksum, new_memory, save_memory
 from vc.factory.templates import MANIFEST, MEMORY, STATE, BrokenTemplate, Manifest, Templates, format_manifest
 from vc.factory.warmup import warm_up
 from vc.hypervisor.base import VMConfig
@@ -106,6 +106,8 @@ async def _fill(
             memory_bytes=os.fstat(files[0]).st_size,
             data_bytes=data_bytes,
             state_bytes=os.fstat(files[1]).st_size,
+            memory_checksum=await trio.to_thread.run_sync(checksum, files[0]),
+            state_checksum=checksum(files[1]),
             details=_text(details),
             made_at=time.time(),
             facts=facts,

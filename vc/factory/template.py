@@ -7,6 +7,7 @@ or does not start is told to the log, and the VM is booted.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -25,7 +26,7 @@ from vc.config import Config
 from vc.errors import HypervisorError, Unsupported
 from vc.factory.identity import identify
 from vc.factory.later import Later
-from vc.factory.memory import load_memory, new_memory
+from vc.factory.memory import checksum, load_memory, new_memory
 from vc.factory.templates import BrokenTemplate, ForeignTemplate, Template, Templates
 from vc.hypervisor.base import VMConfig
 from vc.hypervisor.configure import vm_config
@@ -66,7 +67,12 @@ class TemplateFactory:
         place = Place(vmid=vmid, netns=netns, shared_dir=shared_dir)
         async with AsyncExitStack() as stack:
             key = await self._key(config)
-            vm = await self._restored(stack, config, place, key) if key else None
+            vm: VM | None = None
+            try:
+                vm = await self._restored(stack, config, place, key) if key else None
+            except ForeignTemplate as exc:
+                log.warning("booting: the template is not used: %s", exc)
+                key = ""  # and none is made
             if vm is None:
                 vm = await stack.enter_async_context(boot_vm(config, **place))
                 if key:
@@ -94,7 +100,7 @@ class TemplateFactory:
         return key
 
     async def _restored(self, stack: AsyncExitStack, config: VMConfig, place: Place, key: str) -> VM | None:
-        """Restore a VM on `stack`; None if that is not possible."""
+        """Restore a VM on `stack`; None if that is not possible. Raises: ForeignTemplate, Unsupported."""
         config = replace(config, dial_timeout=min(config.dial_timeout, RESTORE_TIMEOUT))
         memory = new_memory(config.memory_mib * MIB)
         try:
@@ -104,8 +110,6 @@ class TemplateFactory:
                     return None
                 snapshot = _snapshot(template, memory, config.memory_mib * MIB)
                 return await stack.enter_async_context(boot_vm(config, **place, snapshot=snapshot))
-        except ForeignTemplate as exc:
-            log.warning("booting: the template is not used: %s", exc)
         except BrokenTemplate as exc:
             log.warning("booting: template %s is thrown away: %s", key, exc)
             self._templates.discard(key)
@@ -134,16 +138,26 @@ def _snapshot(template: Template, memory: int, memory_bytes: int) -> Snapshot:
     manifest = template.manifest
     if manifest.memory_bytes != memory_bytes:
         raise BrokenTemplate(f"it has {manifest.memory_bytes} bytes of memory instead of {memory_bytes}")
+    if checksum(template.state) != manifest.state_checksum:
+        raise BrokenTemplate(
+            "the machine's state was changed since it was saved: the checksum is another one"
+        )
     try:
         details = agent_pb2.GuestDetailsResponse.FromString(manifest.guest_details)
     except DecodeError as exc:
         raise BrokenTemplate(f"what its guest told about itself cannot be read: {exc}") from exc
     return Snapshot(
         memory=memory,
-        load_memory=partial(load_memory, template.memory, memory),
+        load_memory=partial(_load, template, memory),
         state=template.state,
         details=details,
     )
+
+
+def _load(template: Template, memory: int) -> None:
+    """Fill a guest's memory. Raises: OSError."""
+    if load_memory(template.memory, memory) != template.manifest.memory_checksum:
+        raise OSError(errno.EIO, "it was changed since it was saved: the checksum is another one")
 
 
 def template_factory(config: Config) -> TemplateFactory:

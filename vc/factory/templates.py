@@ -54,6 +54,8 @@ class Manifest:
     memory_bytes: int  # of the file `memory`, holes included
     data_bytes: int  # of it without the holes
     state_bytes: int  # of the file `state`
+    memory_checksum: int
+    state_checksum: int
     details: str  # base64 of the guest's GuestDetailsResponse
     made_at: float  # seconds since the epoch
     facts: dict[str, object]

@@ -80,7 +80,7 @@ async def warm_up(agent: AgentClient, details: agent_pb2.GuestDetailsResponse) -
 async def _run_container(agent: AgentClient, *, streams: bool) -> None:
     """Run a container that waits for its stdin, with a second process in it, to its end."""
     root = agent_pb2.Storage(
-        driver="bind", source="/", fstype="bind", mount_point=ROOT, options=["rbind", "ro"]
+        driver="bind", source="/", fstype="bind", mount_point=ROOT, options=["bind", "ro"]
     )
     request = agent_pb2.CreateContainerRequest(
         container_id=NAME,

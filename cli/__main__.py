@@ -62,6 +62,14 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--no-network-checks", "-n", action="store_true", help="accepted; this check never asks the network"
     )
+    leaks = commands.add_parser("leaks", help="list what is left of sandboxes that are gone; exit 1 if any")
+    leaks.add_argument("--fix", action="store_true", help="remove it")
+    leaks.add_argument(
+        "--run-dir", metavar="DIR", help="where sandboxes keep their state, if not as configured"
+    )
+    leaks.add_argument(
+        "--containerd-address", metavar="SOCKET", help="its name is in those of shims' sockets"
+    )
     env = commands.add_parser("env", aliases=["kata-env"], help="show what is configured and installed")
     env.add_argument("--json", action="store_true", help="as JSON instead of TOML")
     env.add_argument("--keys", action="store_true", help="list the configuration keys instead")
@@ -123,10 +131,18 @@ def run_factory(args: argparse.Namespace) -> int:
     return run_factory(args)
 
 
+def run_leaks(args: argparse.Namespace) -> int:
+    """List or remove what nobody owns."""
+    from cli.leaks import run
+
+    return run(args)
+
+
 COMMANDS = {
     "version": show_version,
     "check": run_check,
     "kata-check": run_check,
+    "leaks": run_leaks,
     "env": run_env,
     "kata-env": run_env,
     "factory": run_factory,

@@ -1,0 +1,331 @@
+"""What nobody owns is found and can be removed; what somebody owns is never touched."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from shim.address import socket_path
+from vc import leaks
+from vc.cleanup import start_ticks
+from vc.leaks import Kind, Leak
+from vc.persist import store
+from vc.persist.schema import SandboxRecord
+from vc.persist.store import Layout, SandboxLock
+from vc.storage.mounts import bind, mounted_below, unmount_below
+from vc.unixsock import listen
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+
+SANDBOX = "default--c1"
+VMID = "00112233445566aa"
+CONTAINERD = "/run/test/containerd.sock"
+
+
+class Host:
+    """A run directory, and whatever a test puts into it and beside it."""
+
+    def __init__(self, directory: Path, stack: ExitStack) -> None:
+        self.run_dir = directory / "vc"
+        self.layout = Layout(self.run_dir)
+        self.shim_sockets = directory / "s"
+        self.shim_sockets.mkdir()
+        self.stack = stack
+        stack.callback(unmount_below, self.run_dir)
+
+    def find(self) -> list[Leak]:
+        return leaks.find(self.run_dir, containerd=CONTAINERD, shim_sockets=self.shim_sockets)
+
+    def found(self) -> set[tuple[Kind, str]]:
+        return {(leak.kind, leak.name) for leak in self.find()}
+
+    def sandbox(self, sandbox_id: str = SANDBOX, vmid: str = VMID) -> Path:
+        """Leave a sandbox's directory and record, as a killed shim does."""
+        lock = store.claim(self.layout, sandbox_id)
+        store.save(self.layout, SandboxRecord(sandbox_id, vmid, 1, 2, "/x.toml", 3.0))
+        lock.release()
+        return self.aged(self.layout.sandbox(sandbox_id))
+
+    def vm(self, vmid: str = VMID) -> Path:
+        directory = self.layout.vm(vmid)
+        directory.mkdir(mode=0o700, parents=True)
+        self.socket(directory / "qmp.sock")
+        return self.aged(directory)
+
+    def aged(self, directory: Path) -> Path:
+        os.utime(directory, (0, 0))
+        return directory
+
+    def process(self, *words: str) -> subprocess.Popen[bytes]:
+        """Run something with `words` in its command line. It waits for its standard input's end."""
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(["sh", "-c", "echo; read line", "vmm", *words], stdin=pipe, stdout=pipe)
+
+        def end() -> None:
+            process.kill()
+            process.communicate()
+
+        self.stack.callback(end)
+        assert process.stdout is not None
+        process.stdout.readline()  # Popen returns before the kernel shows the new command line
+        return process
+
+    def mount(self, directory: Path) -> Path:
+        target = directory / "mounted"
+        target.mkdir()
+        bind(self.shim_sockets, target)
+        self.aged(directory)
+        return target
+
+    def socket(self, path: Path) -> Path:
+        """Leave a socket on which nobody listens any more."""
+        listen(path).close()
+        return path
+
+    def shim_socket(self, name: str) -> Path:
+        """Return where the shim of a sandbox would listen, by its own reckoning."""
+        return self.shim_sockets / Path(socket_path(CONTAINERD, "default", name)).name
+
+    def lock(self, directory: Path) -> SandboxLock:
+        lock = SandboxLock(directory)
+        assert lock.acquire_nowait()
+        self.stack.callback(lock.release)
+        self.aged(directory)
+        return lock
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    with ExitStack() as stack:
+        yield Host(tmp_path, stack)
+
+
+def vmm_words(vmid: str = VMID) -> tuple[str, str]:
+    return "-name", f"sandbox-{vmid},debug-threads=on"
+
+
+def plant_process_of_a_record(host: Host) -> tuple[Kind, str]:
+    host.sandbox()
+    return Kind.PROCESS, str(host.process(*vmm_words()).pid)
+
+
+def plant_process_of_a_vm_directory(host: Host) -> tuple[Kind, str]:
+    host.vm()
+    return Kind.PROCESS, str(host.process(*vmm_words()).pid)
+
+
+def plant_process_whose_directory_is_gone(host: Host) -> tuple[Kind, str]:
+    source = host.layout.vm(VMID) / "shared"
+    return Kind.PROCESS, str(host.process("-o", f"source={source}/.,cache=auto").pid)
+
+
+def plant_mount_of_a_sandbox(host: Host) -> tuple[Kind, str]:
+    return Kind.MOUNT, str(host.mount(host.sandbox()))
+
+
+def plant_mount_of_a_vm(host: Host) -> tuple[Kind, str]:
+    return Kind.MOUNT, str(host.mount(host.vm()))
+
+
+def plant_socket_without_a_directory(host: Host) -> tuple[Kind, str]:
+    host.layout.vms.mkdir(parents=True)
+    return Kind.SOCKET, str(host.socket(host.layout.vms / "qmp.sock"))
+
+
+def plant_socket_of_a_shim(host: Host) -> tuple[Kind, str]:
+    host.sandbox()
+    path = host.shim_socket("c1")
+    return Kind.SOCKET, str(host.socket(path))
+
+
+def plant_file(host: Host) -> tuple[Kind, str]:
+    host.layout.sandboxes.mkdir(parents=True, exist_ok=True)
+    path = host.layout.sandboxes / "x.tmp"
+    path.touch()
+    return Kind.FILE, str(path)
+
+
+def plant_sandbox(host: Host) -> tuple[Kind, str]:
+    return Kind.DIRECTORY, str(host.sandbox())
+
+
+def plant_sandbox_without_a_record(host: Host) -> tuple[Kind, str]:
+    directory = host.sandbox()
+    (directory / store.RECORD).write_text("{")
+    return Kind.DIRECTORY, str(host.aged(directory))
+
+
+def plant_vm(host: Host) -> tuple[Kind, str]:
+    return Kind.DIRECTORY, str(host.vm())
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        plant_process_of_a_record,
+        plant_process_of_a_vm_directory,
+        plant_process_whose_directory_is_gone,
+        pytest.param(plant_mount_of_a_sandbox, marks=needs_root),
+        pytest.param(plant_mount_of_a_vm, marks=needs_root),
+        plant_socket_without_a_directory,
+        plant_socket_of_a_shim,
+        plant_file,
+        plant_sandbox,
+        plant_sandbox_without_a_record,
+        plant_vm,
+    ],
+)
+def test_what_nobody_owns_is_found_and_removed(host: Host, plant: Callable[[Host], tuple[Kind, str]]) -> None:
+    kind, name = plant(host)
+    found = host.find()
+    assert (kind, name) in {(leak.kind, leak.name) for leak in found}
+    assert [(leak.kind, reason) for leak, reason in leaks.remove(found) if reason] == []
+    assert host.find() == []
+    assert mounted_below(host.run_dir) == []
+    if kind is Kind.PROCESS:
+        assert start_ticks(int(name)) == 0 or Path(f"/proc/{name}/cmdline").read_bytes() == b""
+    else:
+        assert not os.path.lexists(name)
+
+
+@needs_root
+def test_a_live_sandbox_keeps_everything(host: Host) -> None:
+    directory = host.sandbox()
+    vm = host.vm()
+    host.mount(directory)
+    host.mount(vm)
+    host.process(*vmm_words())
+    host.process("-o", f"source={vm}/shared/.,cache=auto")
+    host.socket(host.shim_socket("c1"))
+    lock = host.lock(directory)
+    assert host.find() == []
+    lock.release()
+    kinds = [leak.kind for leak in host.find()]
+    assert kinds.count(Kind.PROCESS) == kinds.count(Kind.MOUNT) == kinds.count(Kind.DIRECTORY) == 2
+    assert kinds.count(Kind.SOCKET) == 1
+
+
+def test_a_dead_sandbox_beside_a_live_one(host: Host) -> None:
+    host.lock(host.sandbox("default--live", "11" * 8))
+    host.vm("11" * 8)
+    live = host.process(*vmm_words("11" * 8))
+    dead = host.process(*vmm_words())
+    expected = {(Kind.PROCESS, str(dead.pid)), (Kind.DIRECTORY, str(host.sandbox()))}
+    assert host.found() == expected
+    assert all(reason == "" for _, reason in leaks.remove(host.find()))
+    assert dead.wait() == -9
+    assert live.poll() is None
+
+
+def test_a_vm_without_a_sandbox_lives_by_its_own_lock(host: Host) -> None:
+    lock = host.lock(host.vm())
+    host.process(*vmm_words())
+    assert host.find() == []
+    lock.release()
+    assert {leak.kind for leak in host.find()} == {Kind.PROCESS, Kind.DIRECTORY}
+
+
+def test_a_process_of_another_run_directory_is_not_ours(host: Host, tmp_path: Path) -> None:
+    host.sandbox()
+    host.process(*vmm_words("22" * 8))
+    host.process("-o", f"source={tmp_path}/other/vm/{'22' * 8}/shared/.,cache=auto")
+    assert {leak.kind for leak in host.find()} == {Kind.DIRECTORY}
+
+
+def test_what_is_being_made_has_no_lock_yet_and_is_no_leak(host: Host) -> None:
+    host.layout.sandbox(SANDBOX).mkdir(parents=True)
+    host.layout.vm(VMID).mkdir(parents=True)
+    assert host.find() == []
+
+
+def test_a_socket_on_which_somebody_listens_is_left_alone(host: Host) -> None:
+    host.layout.vms.mkdir(parents=True)
+    host.stack.enter_context(listen(host.layout.vms / "alive.sock"))
+    host.sandbox()
+    path = host.shim_socket("c1")
+    host.stack.enter_context(listen(path))
+    assert {leak.kind for leak in host.find()} == {Kind.DIRECTORY}
+
+
+def test_the_sockets_of_other_shims_are_not_ours(host: Host) -> None:
+    host.sandbox()
+    host.socket(host.shim_socket("of-runc"))
+    assert {leak.kind for leak in host.find()} == {Kind.DIRECTORY}
+
+
+def test_an_owner_that_comes_between_finding_and_removing_keeps_its_things(host: Host) -> None:
+    directory = host.sandbox()
+    found = host.find()
+    host.lock(directory)
+    [(_, reason)] = list(leaks.remove(found))
+    assert "owner" in reason
+    assert (directory / store.RECORD).exists()
+
+
+def test_a_listener_that_comes_between_keeps_its_socket(host: Host) -> None:
+    _, name = plant_socket_without_a_directory(host)
+    found = host.find()
+    Path(name).unlink()
+    host.stack.enter_context(listen(Path(name)))
+    [(_, reason)] = list(leaks.remove(found))
+    assert "listens" in reason
+    assert Path(name).exists()
+
+
+def test_another_process_of_the_same_id_is_not_killed(host: Host) -> None:
+    process = host.process(*vmm_words())
+    stale = Leak(Kind.PROCESS, str(process.pid), "qemu", started=start_ticks(process.pid) - 1, vmid=VMID)
+    assert list(leaks.remove([stale])) == [(stale, "")]
+    assert process.poll() is None
+
+
+def test_what_went_by_itself_counts_as_removed(host: Host) -> None:
+    process = host.process(*vmm_words())
+    host.sandbox()
+    host.vm()
+    plant_file(host)
+    found = host.find()
+    assert len(found) == 4
+    process.kill()
+    process.wait()
+    for leak in found:
+        if leak.kind is Kind.DIRECTORY:
+            subprocess.run(["rm", "-r", leak.name], check=True)
+        elif leak.kind is Kind.FILE:
+            Path(leak.name).unlink()
+    assert [reason for _, reason in leaks.remove(found)] == [""] * 4
+
+
+@needs_root
+def test_files_of_others_under_a_mount_survive(host: Host, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("keep")
+    directory = host.sandbox()
+    target = directory / "mounts"
+    target.mkdir()
+    bind(precious, target)
+    bind(precious, target)  # twice, one over the other
+    host.aged(directory)
+    found = host.find()
+    assert [leak.kind for leak in found].count(Kind.MOUNT) == 2
+    assert all(reason == "" for _, reason in leaks.remove(found))
+    assert not directory.exists()
+    assert (precious / "file").read_text() == "keep"
+
+
+@needs_root
+def test_a_run_directory_that_is_a_mount_point_is_no_leak(host: Host) -> None:
+    host.layout.sandboxes.mkdir(parents=True)
+    bind(host.layout.sandboxes, host.layout.sandboxes)
+    bind(host.run_dir, host.run_dir)
+    assert host.find() == []
+
+
+def test_nothing_is_left_where_nothing_ever_was(host: Host) -> None:
+    assert host.find() == []

@@ -1,0 +1,288 @@
+"""What lies about on the host and belongs to no live sandbox: found first, removed only on demand.
+
+A thing has an owner as long as a process holds the lock of its sandbox or of its VM. Finding changes nothing
+and disturbs nobody: what was made within the last seconds counts as owned, because its maker may not hold the
+lock yet. Removing asks again, thing by thing, because an owner may have come meanwhile.
+
+Only what is known to be ours is ever named: processes by the id of a VM of this run directory, mounts and
+files by lying in it, and a shim's socket because its name is the hash of what a dead sandbox is called. A
+kind of thing that sandboxes begin to hold on the host gets a finder in `FINDERS` and a remover in `REMOVERS`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from vc.cleanup import KILL_WAIT, belongs_to, remove_directory, start_ticks
+from vc.errors import NotFound, VCError, WrongState
+from vc.persist import store
+from vc.persist.schema import BrokenRecord
+from vc.persist.store import LOCK, Layout
+from vc.storage.mounts import mounted_below, unmount
+from vc.unixsock import connect_nowait
+
+YOUNG = 2.0  # seconds, in which whoever made a directory has also locked it
+SHIM_SOCKETS = Path("/run/containerd/s")  # containerd: defaults.DefaultStateDir and the shim library's "s"
+CONTAINERD = "/run/containerd/containerd.sock"  # containerd: defaults.DefaultAddress
+ID_SEPARATOR = "--"  # between containerd's namespace and the id; in neither can it occur
+
+
+class Kind(Enum):
+    """What it is; in the order in which they are removed, for each may hold the next."""
+
+    PROCESS = "process"
+    MOUNT = "mount"
+    SOCKET = "socket"
+    FILE = "file"
+    DIRECTORY = "directory"
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """One thing without an owner."""
+
+    kind: Kind
+    name: str  # the path, or a process's id
+    what: str  # for a human
+    started: int = 0  # of a process: clock ticks since boot, which tell it from a later one of the same id
+    vmid: str = ""  # of a process
+
+    def __str__(self) -> str:
+        return f"{self.kind.value} {self.name}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Owners:
+    """Which sandboxes and VMs of a run directory live, and which do not."""
+
+    layout: Layout
+    containerd: str  # its address, which is in the names of shims' sockets
+    shim_sockets: Path
+    live_sandboxes: frozenset[str]
+    dead_sandboxes: Mapping[str, str]  # and the VM of each, "" if the record does not tell
+    live_vms: frozenset[str]
+    dead_vms: frozenset[str]
+
+    def owns(self, path: Path) -> bool:
+        """Tell whether a path below the run directory belongs to a live sandbox or VM."""
+        for parent, live in (
+            (self.layout.sandboxes, self.live_sandboxes),
+            (self.layout.vms, self.live_vms),
+        ):
+            if path.is_relative_to(parent) and path != parent:
+                return path.relative_to(parent).parts[0] in live
+        return False
+
+
+def find(run_dir: Path, *, containerd: str = CONTAINERD, shim_sockets: Path = SHIM_SOCKETS) -> list[Leak]:
+    """List what is left in `run_dir`, and elsewhere because of it. Changes nothing."""
+    owners = look(run_dir, containerd=containerd, shim_sockets=shim_sockets)
+    return [leak for finder in FINDERS for leak in finder(owners)]
+
+
+def look(run_dir: Path, *, containerd: str, shim_sockets: Path) -> Owners:
+    """Find out what lives."""
+    layout = Layout(run_dir)
+    sandboxes = list(store.sandbox_ids(layout))
+    live = frozenset(name for name in sandboxes if is_owned(layout.sandbox(name)))
+    vm_of = {name: _vm_of(layout, name) for name in sandboxes}
+    vms = {entry.name for entry in _entries(layout.vms) if entry.is_dir()}
+    live_vms = {vm_of[name] for name in live} | {name for name in vms if is_owned(layout.vm(name))}
+    return Owners(
+        layout,
+        containerd,
+        shim_sockets,
+        live_sandboxes=live,
+        dead_sandboxes={name: vm_of[name] for name in sandboxes if name not in live},
+        live_vms=frozenset(live_vms),
+        dead_vms=frozenset((vms | set(vm_of.values())) - live_vms - {""}),
+    )
+
+
+def is_owned(directory: Path) -> bool:
+    """Tell whether a process holds the lock of a directory, or may be about to take it."""
+    try:
+        # Also after the clock was set back, so not by the sign alone.
+        if 0 <= time.time() - directory.stat().st_mtime < YOUNG:
+            return True
+        with (directory / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # it is gone, or has no lock and thus no owner
+    return False
+
+
+def _vm_of(layout: Layout, sandbox_id: str) -> str:
+    try:
+        return store.load(layout, sandbox_id).vmid
+    except (NotFound, BrokenRecord):
+        return ""
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _processes(owners: Owners) -> Iterator[Leak]:
+    """Find processes of VMs that are known to be dead, or whose files would lie in the run directory."""
+    for entry in _entries(Path("/proc")):
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            argv = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it ended meanwhile
+        vmid = next((vmid for vmid in owners.dead_vms if belongs_to(argv, vmid)), None)
+        vmid = vmid or _unknown_vm(argv, owners)
+        if vmid:
+            program = Path(os.fsdecode(argv[0])).name
+            started = start_ticks(int(entry.name))
+            yield Leak(Kind.PROCESS, entry.name, f"{program} of VM {vmid}", started, vmid)
+
+
+def _unknown_vm(argv: list[bytes], owners: Owners) -> str | None:
+    """Return the VM that a command line names by a path in the run directory, unless it lives."""
+    prefix = os.fsencode(owners.layout.vms) + b"/"
+    for word in argv:
+        _, found, rest = word.partition(prefix)
+        vmid = os.fsdecode(rest.partition(b"/")[0])
+        if found and vmid and vmid not in owners.live_vms and belongs_to(argv, vmid):
+            return vmid
+    return None
+
+
+def _mounts(owners: Owners) -> Iterator[Leak]:
+    """Find mounts in this process's mount namespace: a sandbox makes its own in one that dies with it."""
+    layout = owners.layout
+    for point in mounted_below(layout.run_dir):
+        # An administrator may have mounted something to hold the directories themselves.
+        if point not in (layout.run_dir, layout.sandboxes, layout.vms) and not owners.owns(point):
+            yield Leak(Kind.MOUNT, str(point), "mounted in a directory of a sandbox that is gone")
+
+
+def _shim_sockets(owners: Owners) -> Iterator[Leak]:
+    for sandbox_id in owners.dead_sandboxes:
+        namespace, separator, name = sandbox_id.partition(ID_SEPARATOR)
+        path = owners.shim_sockets / socket_name(owners.containerd, namespace, name)
+        if separator and refuses(path):
+            yield Leak(Kind.SOCKET, str(path), f"nobody listens; the shim's of sandbox {sandbox_id!r}")
+
+
+def socket_name(containerd: str, namespace: str, name: str) -> str:
+    """Return how a shim's socket is called, by the convention of containerd's shim library."""
+    return hashlib.sha256(os.path.normpath(f"{containerd}/{namespace}/{name}").encode()).hexdigest()
+
+
+def refuses(path: Path) -> bool:
+    """Tell whether `path` is a socket on which nobody listens."""
+    try:
+        if path.is_symlink() or not path.is_socket():
+            return False
+        connect_nowait(path).close()
+    except OSError as exc:
+        return exc.errno == errno.ECONNREFUSED
+    return False
+
+
+def _files(owners: Owners) -> Iterator[Leak]:
+    layout = owners.layout
+    for entry in (*_entries(layout.sandboxes), *_entries(layout.vms)):
+        if owners.owns(entry):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            whose = "sandbox" if entry.parent == layout.sandboxes else "VM"
+            yield Leak(Kind.DIRECTORY, str(entry), f"of a {whose} that nobody owns")
+        elif refuses(entry):
+            yield Leak(Kind.SOCKET, str(entry), "nobody listens")
+        elif not entry.is_socket():
+            yield Leak(Kind.FILE, str(entry), "of no sandbox and no VM")
+
+
+FINDERS: tuple[Callable[[Owners], Iterator[Leak]], ...] = (_processes, _mounts, _shim_sockets, _files)
+
+
+def remove(leaks: Iterable[Leak]) -> Iterator[tuple[Leak, str]]:
+    """Remove what was found, one after the other; yield each with the reason why it is still there, or ""."""
+    order = list(Kind)
+    for leak in sorted(leaks, key=lambda leak: order.index(leak.kind)):
+        try:
+            REMOVERS[leak.kind](leak)
+        except FileNotFoundError:
+            yield leak, ""  # it went by itself
+        except (OSError, VCError) as exc:
+            yield leak, str(exc)
+        else:
+            yield leak, ""
+
+
+def _kill(leak: Leak) -> None:
+    pid = int(leak.name)
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        # Read after the pidfd was opened: what the id means now is what the pidfd means.
+        if start_ticks(pid) != leak.started:
+            return
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+        if not select.select([handle], [], [], KILL_WAIT)[0]:
+            raise WrongState(f"it does not die of SIGKILL within {KILL_WAIT} s")
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def _unmount(leak: Leak) -> None:
+    path = Path(leak.name)
+    if not unmount(path) and path in mounted_below(path):
+        raise WrongState("it cannot be detached: is this run as root, and in the host's mount namespace?")
+
+
+def _unlink_socket(leak: Leak) -> None:
+    path = Path(leak.name)
+    if path.exists() and not refuses(path):
+        raise WrongState("somebody listens there now")
+    path.unlink()
+
+
+def _unlink(leak: Leak) -> None:
+    Path(leak.name).unlink()
+
+
+def _remove_directory(leak: Leak) -> None:
+    directory = Path(leak.name)
+    lock = store.SandboxLock(directory)
+    try:
+        if not lock.acquire_nowait():
+            raise WrongState("it has an owner now")
+        remove_directory(directory)
+    finally:
+        lock.release()
+    if directory.exists():
+        raise WrongState("something in it cannot be removed")
+
+
+REMOVERS: Mapping[Kind, Callable[[Leak], None]] = {
+    Kind.PROCESS: _kill,
+    Kind.MOUNT: _unmount,
+    Kind.SOCKET: _unlink_socket,
+    Kind.FILE: _unlink,
+    Kind.DIRECTORY: _remove_directory,
+}

@@ -31,8 +31,7 @@ from vc.background import background
 from vc.errors import GuestGone, NotFound, Timeout
 from vc.unixsock import connect_stream
 from yamux.errors import RemoteProtocolError
-from yamux.resync import Initiator
-from yamux.session import Session
+from yamux.session import Session, open_over_serial
 
 AGENT_PORT = 1024  # the agent's ttrpc server: Kata's vsock port
 DIAL_TIMEOUT = 10.0  # seconds for one dial of a guest that is up
@@ -41,7 +40,6 @@ POLL_INTERVAL = 0.02  # seconds between attempts, where nothing tells when the g
 # Seconds until an unanswered opening of a serial line is repeated, doubled each time. A guest that boots
 # answers the first one whenever it comes; a repeat helps only one that was stuck in an older session.
 FIRST_REPEAT = 4.0
-READ_SIZE = 65536  # bytes
 # What a guest may send on a stream before we have taken any of it. With yamux's own 256 KiB it would wait for
 # our word after each half of that; it costs memory only while somebody does not read.
 MAX_WINDOW = 1 << 20  # bytes
@@ -286,18 +284,17 @@ class _SerialTransport(Transport):
 async def _open_serial(path: Path, timeout: float) -> AsyncIterator[Transport]:
     try:
         with trio.fail_after(timeout):
-            stream, first_bytes = await _shake_hands(path)
+            session = await _open_session(path)
     except trio.TooSlowError:
         raise Timeout(f"the agent did not answer on the serial line {path} within {timeout:g} s") from None
-    session = Session(stream, client=True, max_window=MAX_WINDOW, first_bytes=first_bytes)
     transport = _SerialTransport(path, session)
     async with background() as nursery:
         await nursery.start(transport.carry)
         yield transport
 
 
-async def _shake_hands(path: Path) -> tuple[trio.SocketStream, bytes]:
-    """Open the line anew; returns it and the session's first bytes, once the guest has answered.
+async def _open_session(path: Path) -> Session:
+    """Open the line anew and begin a session on it; it does not run yet.
 
     While the guest has not opened its end, what we send waits in the socket, so the answer comes the moment
     it does. A guest that is stuck in an older session swallows the opening; closing the line tells it.
@@ -311,26 +308,11 @@ async def _shake_hands(path: Path) -> tuple[trio.SocketStream, bytes]:
                 raise GuestGone(f"the serial line {path} cannot be opened: {exc}") from exc
             await trio.sleep(POLL_INTERVAL)
             continue
+        # A random value: the answers to openings of earlier sessions may still be in the line.
+        nonce = secrets.randbits(32)
         try:
-            with trio.move_on_after(repeat):
-                return stream, await _open_line(stream)
+            return await open_over_serial(stream, nonce=nonce, timeout=repeat, max_window=MAX_WINDOW)
         except trio.BrokenResourceError as exc:
-            await trio.aclose_forcefully(stream)
             raise GuestGone(f"the VMM closed the serial line {path}: {exc}") from exc
-        except BaseException:
-            await trio.aclose_forcefully(stream)
-            raise
-        await trio.aclose_forcefully(stream)
-        repeat *= 2
-
-
-async def _open_line(stream: trio.SocketStream) -> bytes:
-    # A random value: the answers to openings of earlier sessions may still be in the line.
-    initiator = Initiator(nonce=secrets.randbits(32))
-    await stream.send_all(initiator.data_to_send())
-    while True:
-        data = await stream.receive_some(READ_SIZE)
-        if not data:
-            raise trio.BrokenResourceError("end of file")
-        if initiator.receive_data(bytes(data)):
-            return initiator.trailing_data
+        except trio.TooSlowError:
+            repeat *= 2

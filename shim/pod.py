@@ -26,6 +26,7 @@ from vc.config import Config
 from vc.errors import AlreadyExists, GuestGone, InvalidArgument, NotFound, VCError, WrongState
 from vc.oci import spec as oci
 from vc.oci.mounts import shm_bytes, source_of
+from vc.oci.translate import check_workload
 from vc.resources import Size, container_size, pod_size
 from vc.sandbox import Sandbox, SandboxSpec
 from vc.storage.look import look
@@ -100,6 +101,7 @@ class Pod:
             if not spec.get("process"):
                 raise InvalidArgument(f"{request.bundle}/config.json has no process to run")
             identity = oci.identify(oci.read_annotations(spec), request.id)
+            await trio.to_thread.run_sync(check_workload, spec, look)  # a mistake shall not cost a boot
             # As for an exec, the request decides: containerd's clients may say it there alone.
             spec["process"] = {**spec["process"], "terminal": request.stdio.terminal}
             plan = stdio_uri.plan(request.stdio)
@@ -200,7 +202,7 @@ class Pod:
 
     async def _watch_vm(self, sandbox: Sandbox) -> None:
         gone = await sandbox.wait_gone()
-        log.error("sandbox %s: the VM died: %s", sandbox.id, gone)
+        log.error("sandbox %s: %s", sandbox.id, gone)
         self._exits.sandbox_over(str(gone))
 
     async def _watch_memory(self, sandbox: Sandbox) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Generator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.harness.skips import NotToBeHad
+from tests.skips import NotToBeHad
 
 # How long an example takes says something about the machine: a busy one is no failure.
 settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -45,7 +45,7 @@ from tests.e2e.test_e2e_tasks import (  # noqa: F401
 from tests.harness.containerd import Containerd, HarnessError
 from tests.harness.events import Recorder
 from tests.harness.runtimes import ROOT, Runtime
-from tests.harness.skips import NotToBeHad
+from tests.skips import NotToBeHad
 
 
 @dataclass(frozen=True, slots=True)

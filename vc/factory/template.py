@@ -109,7 +109,9 @@ class TemplateFactory:
                     log.info("booting: there is no template %s yet", key)
                     return None
                 snapshot = _snapshot(template, memory, config.memory_mib * MIB)
-                return await stack.enter_async_context(boot_vm(config, **place, snapshot=snapshot))
+                vm = await stack.enter_async_context(boot_vm(config, **place, snapshot=snapshot))
+                log.info("VM %s goes on from template %s", vm.vmid, key)
+                return vm
         except BrokenTemplate as exc:
             log.warning("booting: template %s is thrown away: %s", key, exc)
             self._templates.discard(key)
@@ -142,6 +144,7 @@ def _snapshot(template: Template, memory: int, memory_bytes: int) -> Snapshot:
         raise BrokenTemplate(
             "the machine's state was changed since it was saved: the checksum is another one"
         )
+    os.lseek(template.state, 0, os.SEEK_SET)  # QEMU reads on from where it stands
     try:
         details = agent_pb2.GuestDetailsResponse.FromString(manifest.guest_details)
     except DecodeError as exc:

@@ -232,8 +232,9 @@ class Templates:
     def note_failure(self, key: str, text: str) -> None:
         """Remember that a template could not be made. Needs the lock."""
         temporary = self.directory / f"{FAILED}.new"
-        temporary.write_text(json.dumps({"key": key, "text": text, "at": time.time()}))
-        temporary.replace(self.directory / FAILED)
+        with suppress(OSError):  # a full disk may be what failed
+            temporary.write_text(json.dumps({"key": key, "text": text, "at": time.time()}))
+            temporary.replace(self.directory / FAILED)
 
     def failure(self, key: str) -> tuple[float, str] | None:
         """Return since how many seconds it is known that this template cannot be made, and why."""

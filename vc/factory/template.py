@@ -91,10 +91,10 @@ class TemplateFactory:
             return ""
         try:
             key, _ = await trio.to_thread.run_sync(identify, config)
-            own_key, _ = await trio.to_thread.run_sync(identify, self._base)
+            fits = config == self._base or key == (await trio.to_thread.run_sync(identify, self._base))[0]
         except (HypervisorError, Unsupported):
             return ""  # the boot fails of the same, and tells it in its own words
-        if key != own_key:
+        if not fits:
             log.info("booting: the pod changes the VM's configuration, so the template does not fit")
             return ""
         return key

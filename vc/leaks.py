@@ -31,6 +31,7 @@ from vc.persist.store import LOCK, Layout
 from vc.storage.mounts import mounted_below, unmount
 from vc.unixsock import connect_nowait
 
+TEMPLATES = "template"  # no VM, but saved ones: where [factory] template_path is by default
 YOUNG = 2.0  # seconds, in which whoever made a directory has also locked it
 SHIM_SOCKETS = Path("/run/containerd/s")  # containerd: defaults.DefaultStateDir and the shim library's "s"
 CONTAINERD = "/run/containerd/containerd.sock"  # containerd: defaults.DefaultAddress
@@ -98,6 +99,7 @@ def look(run_dir: Path, *, containerd: str, shim_sockets: Path) -> Owners:
     vm_of = {name: _vm_of(layout, name) for name in sandboxes}
     vms = {entry.name for entry in _entries(layout.vms) if entry.is_dir()}
     live_vms = {vm_of[name] for name in live} | {name for name in vms if is_owned(layout.vm(name))}
+    live_vms.add(TEMPLATES)
     return Owners(
         layout,
         containerd,

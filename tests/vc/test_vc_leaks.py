@@ -13,6 +13,7 @@ import pytest
 from shim.address import socket_path
 from vc import leaks
 from vc.cleanup import start_ticks
+from vc.config import FactoryConfig
 from vc.leaks import Kind, Leak
 from vc.persist import store
 from vc.persist.schema import SandboxRecord
@@ -329,3 +330,11 @@ def test_a_run_directory_that_is_a_mount_point_is_no_leak(host: Host) -> None:
 
 def test_nothing_is_left_where_nothing_ever_was(host: Host) -> None:
     assert host.find() == []
+
+
+def test_templates_are_no_leak(host: Host) -> None:
+    """They are kept among the VMs, as Kata does, and belong to no process."""
+    directory = host.layout.vms / FactoryConfig().template_path.name
+    (directory / "key").mkdir(parents=True)
+    host.aged(directory)
+    assert host.found() == set()

@@ -33,6 +33,7 @@ from vc.factory import Factory
 from vc.factory.select import make_factory
 from vc.hypervisor.base import VMConfig
 from vc.hypervisor.configure import vm_config
+from vc.monitor import HealthCheck
 from vc.network.scan import interfaces_of
 from vc.oci.mounts import DEFAULT_SHM_BYTES, Plan, PlannedMount, clean, plan_mounts
 from vc.oci.mounts import Mount as SpecMount
@@ -242,6 +243,9 @@ async def open_sandbox(
         _report_interfaces(spec, vm.machine.pid)
         nursery = await stack.enter_async_context(background())
         await _prepare_guest(spec, config, vm.agent)
+        runtime = config.runtime
+        check = HealthCheck(runtime.health_check_interval, runtime.health_check_timeout)
+        nursery.start_soon(vm.watch_health, check)
         stack.push_async_callback(_end_guest, vm.agent)
         yield Sandbox(spec, config, share, vm, nursery, containers)
 

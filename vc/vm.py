@@ -31,6 +31,7 @@ from vc.background import background
 from vc.errors import GuestGone, HypervisorError, VCError
 from vc.hypervisor.base import Device, Machine, VMConfig
 from vc.hypervisor.qemu.driver import launch
+from vc.monitor import HealthCheck, wait_hung
 from vc.persist.store import Layout
 from vc.storage.sharedfs import SOCKET as VIRTIOFS_SOCKET
 from vc.storage.sharedfs import SharedFS, virtiofsd
@@ -109,13 +110,26 @@ class VM:
             agent.fail(self.gone)
 
     def die(self, cause: str) -> None:
-        """Take the VM for dead. The first cause stays."""
+        """Take the VM for dead, and see to it that it is. The first cause stays.
+
+        A guest that is only cut off from us must not go on writing to what it shares with the host.
+        """
         if self.gone is None:
             self.gone = GuestGone(f"VM {self.vmid} is gone: {cause}; {console_tail(self.machine)}")
             self._gone.set()
             self.booting.cancel()
             for agent in self._agents:
                 agent.fail(self.gone)
+            self.machine.kill_nowait()
+
+    async def watch_health(self, check: HealthCheck) -> None:
+        """Notice that the guest hangs."""
+
+        async def ask(timeout: float) -> None:
+            await self.agent.check(timeout=timeout)
+
+        if cause := await wait_hung(check, ask, lambda: self.machine.paused):
+            self.die(cause)
 
     async def watch_machine(self) -> None:
         """Notice the death of the VMM."""

@@ -258,6 +258,18 @@ class RuntimeConfig:
         default=60.0,
         annotation="create_container_timeout",
     )
+    health_check_interval: float = key(
+        Number(0, 86400, unit="seconds"),
+        "how often the agent is asked whether it serves; 0: never",
+        default=10.0,
+        ours=True,
+    )
+    health_check_timeout: float = key(
+        Number(0.1, 86400, unit="seconds"),
+        "how long it may take to answer that before the guest is taken for hung and killed",
+        default=30.0,
+        ours=True,
+    )
     run_dir: Path = key(
         AbsolutePath(), "where the state of sandboxes lives", default=Path("/run/vc"), ours=True
     )

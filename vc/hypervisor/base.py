@@ -93,6 +93,11 @@ class Machine(ABC):
     console: ConsoleTail  # what the guest printed
     messages: ConsoleTail  # what the VMM printed
     capabilities: Capabilities
+    paused: bool = False  # by `pause`; true from before the first vCPU stops until after the last one runs
+
+    @abstractmethod
+    def kill_nowait(self) -> None:
+        """Kill the VMM, unless it is dead already. `wait_dead` tells when it is."""
 
     @abstractmethod
     async def pause(self) -> None:

@@ -82,13 +82,19 @@ class QemuMachine(Machine):
         self._dead = trio.Event()
         self._cause = ""
 
+    def kill_nowait(self) -> None:
+        """See `Machine.kill_nowait`."""
+        self._child.kill_nowait()
+
     async def pause(self) -> None:
         """See `Machine.pause`."""
+        self.paused = True
         await self._execute(qmp.stop())
 
     async def resume(self) -> None:
         """See `Machine.resume`."""
         await self._execute(qmp.cont())
+        self.paused = False
 
     async def wait_dead(self) -> str:
         """See `Machine.wait_dead`."""

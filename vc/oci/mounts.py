@@ -14,12 +14,13 @@ from posixpath import normpath
 from typing import Any, Final
 
 from vc.errors import InvalidArgument, Unsupported
-from vc.oci.wire import describe, items, members, string
+from vc.oci.wire import describe, items, members, quoted, string
 
 DEFAULT_SHM_BYTES: Final = 64 << 20  # what Docker, containerd and Kata give to /dev/shm
 SHM: Final = "/dev/shm"  # noqa: S108 - a mount point in the container
 EMPTY_DIR: Final = "kubernetes.io~empty-dir"  # kubelet: pods/UID/volumes/<plugin>/<name>, plugin escaped
-SHM_OPTIONS: Final = ("noexec", "nosuid", "nodev", "mode=1777")
+SHM_FLAGS: Final = ("noexec", "nosuid", "nodev")
+SHM_OPTIONS: Final = (*SHM_FLAGS, "mode=1777")
 
 # File systems that the guest's kernel makes out of nothing: the guest's own is the right one.
 GUEST_FILE_SYSTEMS: Final = frozenset(
@@ -66,6 +67,11 @@ class Mount:
     def is_bind(self) -> bool:
         """Tell whether a directory or file of the host is meant."""
         return self.type == "bind" or "bind" in self.options or "rbind" in self.options
+
+    @property
+    def is_flat(self) -> bool:
+        """Tell whether what is mounted below a bind's source is left out."""
+        return "bind" in self.options and "rbind" not in self.options
 
     @property
     def readonly(self) -> bool:
@@ -141,7 +147,7 @@ def plan_mount(mount: Mount, look: Look, path: str) -> PlannedMount:
     if mount.destination == SHM:
         return PlannedMount(mount, Plan.SHM, host)
     if host is None:
-        raise InvalidArgument(f"{path}.source: {describe(mount.source)} does not exist on the host")
+        raise InvalidArgument(f"{path}.source: {quoted(mount.source)} does not exist on the host")
     if host.kind is FileKind.BLOCK:
         return PlannedMount(mount, Plan.BLOCK, host)
     if is_below(source, "/dev") and host.kind is not FileKind.FILE:
@@ -154,8 +160,8 @@ def _plan_file_system(mount: Mount, path: str) -> PlannedMount:
         return PlannedMount(mount, Plan.SHM)
     if mount.type not in GUEST_FILE_SYSTEMS and mount.source.startswith("/"):
         raise Unsupported(
-            f"{path} ({mount.destination}): a {mount.type or 'nameless'} file system on the host's "
-            f"{describe(mount.source)} cannot be mounted in the guest; mount it on the host and bind it"
+            f"{path} ({mount.destination}): the {mount.type or 'nameless'} file system on the host's "
+            f"{quoted(mount.source)} cannot be mounted in the guest; mount it on the host and bind it"
         )
     return PlannedMount(mount, Plan.GUEST)
 
@@ -177,6 +183,15 @@ def is_ephemeral(source: str, host: HostFile | None) -> bool:
     if host is None or host.kind is not FileKind.DIRECTORY:
         return False
     return source.split("/")[-2:-1] == [EMPTY_DIR] and host.file_system in ("tmpfs", "hugetlbfs")
+
+
+def shm_flags(mount: Mount) -> tuple[str, ...]:
+    """Return the flags with which a container sees the sandbox's /dev/shm.
+
+    A tmpfs says which it wants. A bind would have those of the host's mount, which every manager makes alike.
+    """
+    wanted = SHM_FLAGS if mount.is_bind else tuple(flag for flag in SHM_FLAGS if flag in mount.options)
+    return (*wanted, "ro") if mount.readonly else wanted
 
 
 def shm_bytes(spec: Mapping[str, Any], look: Look) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from protos.kata import oci_pb2
 from vc.errors import InvalidArgument
-from vc.oci.mounts import Mount
+from vc.oci.mounts import Look, Mount, plan_mounts
 from vc.oci.wire import WILDCARD, fill, members
 
 # Namespaces that the sandbox as a whole stands for: the VM is the network, cgroup and time namespace.
@@ -75,6 +75,15 @@ def guest_process(process: Mapping[str, Any]) -> oci_pb2.Process:
     _check_process(message, "process")
     _constrain_process(message)
     return message
+
+
+def check_workload(spec: Mapping[str, Any], look: Look) -> None:
+    """Refuse what no sandbox could run; `look` asks about the host's files. For before there is a sandbox.
+
+    Raises: InvalidArgument, Unsupported.
+    """
+    guest_process(members(spec.get("process") or {}, "process"))
+    plan_mounts(spec, look)
 
 
 def guest_resources(resources: Mapping[str, Any]) -> oci_pb2.LinuxResources:

@@ -150,7 +150,12 @@ def describe(value: object) -> str:
 def shown_name(name: str) -> str:
     """Return a member's name as a path shows it: bounded, on one line."""
     plain = name.isprintable() and len(name) <= _SHOWN_CHARS
-    return name if plain else describe(name).removesuffix(" (a string)")
+    return name if plain else quoted(name)
+
+
+def quoted(text: str) -> str:
+    """Return a string in quotes, on one line and of bounded length."""
+    return describe(text).removesuffix(" (a string)")
 
 
 @cache

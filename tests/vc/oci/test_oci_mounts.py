@@ -22,6 +22,7 @@ from vc.oci.mounts import (
     plan_mounts,
     read_mounts,
     shm_bytes,
+    shm_flags,
     source_of,
     tmpfs_bytes,
 )
@@ -95,9 +96,33 @@ def test_file_systems_of_the_kernel_come_from_the_guest(kind: str) -> None:
 
 def test_a_file_system_on_a_disk_of_the_host_is_refused() -> None:
     with pytest.raises(
-        Unsupported, match=re.escape('mounts[0] (/x): a ext4 file system on the host\'s "/dev/sdb"')
+        Unsupported, match=re.escape('mounts[0] (/x): the ext4 file system on the host\'s "/dev/sdb"')
     ):
         plan({"destination": "/x", "type": "ext4", "source": "/dev/sdb"})
+
+
+@pytest.mark.parametrize(
+    ("mount", "flags"),
+    [
+        (Mount("/dev/shm", "shm", "tmpfs", ("noexec", "nodev", "mode=1777", "size=1m")), ("noexec", "nodev")),
+        (Mount("/dev/shm", "shm", "tmpfs", ("ro",)), ("ro",)),
+        (Mount("/dev/shm", "/run/shm", "bind", ("rbind", "rw")), ("noexec", "nosuid", "nodev")),
+        (Mount("/dev/shm", "/run/shm", "bind", ("rbind", "ro")), ("noexec", "nosuid", "nodev", "ro")),
+    ],
+)
+def test_a_container_sees_dev_shm_with_the_flags_that_its_spec_means(
+    mount: Mount, flags: tuple[str, ...]
+) -> None:
+    assert shm_flags(mount) == flags
+
+
+@pytest.mark.parametrize(
+    ("options", "flat"), [(("bind",), True), (("rbind",), False), (("bind", "rbind"), False), ((), False)]
+)
+def test_only_a_bind_that_is_not_recursive_leaves_nested_mounts_out(
+    options: tuple[str, ...], flat: bool
+) -> None:
+    assert Mount("/to", "/from", "bind", options).is_flat is flat
 
 
 def test_dev_shm_is_the_sandboxs_unless_a_volume_is_mounted_there() -> None:
@@ -121,7 +146,7 @@ def test_what_will_surprise_is_noted() -> None:
 @pytest.mark.parametrize(
     ("mount", "message"),
     [
-        (bind("/nowhere"), 'mounts[0].source: "/nowhere" (a string) does not exist on the host'),
+        (bind("/nowhere"), 'mounts[0].source: "/nowhere" does not exist on the host'),
         (bind("relative"), 'mounts[0].source: got "relative" (a string), must be an absolute path'),
         (bind(""), 'mounts[0].source: got "" (a string), must be an absolute path'),
         ({"type": "tmpfs"}, "mounts[0].destination is missing"),

@@ -2,14 +2,16 @@
 
 The API cannot tell 0 from "not given", so a 0 among the resources means "not given" here (Kata's rule), and
 so does an empty string or list anywhere. What a guest does not do is dropped: hooks (the host ran its own),
-user namespaces of the host's mapping, network namespaces (the guest has one network, that of the pod),
-labels and profiles of security modules that its kernel does not have, and annotations, some of which crun
-takes as orders.
+user namespaces of the host, network namespaces (the guest has one network, that of the pod), labels and
+profiles of security modules that its kernel does not have, and annotations, some of which crun takes as
+orders.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from agent.errors import Unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -58,8 +60,16 @@ def config(
 
     `namespaces`: the paths of namespaces to join, by type; "" asks for a new one. It has the last word over
     the spec's own, which only add types that it does not name.
+
+    Raises:
+        Unsupported: the container is to have a user namespace with mappings.
     """
     linux = spec.Linux
+    if linux.UIDMappings or linux.GIDMappings:
+        raise Unsupported(
+            "linux.uidMappings and linux.gidMappings are not supported: "
+            "run the container without a user namespace, for the VM has a kernel of its own"
+        )
     merged = {entry.Type: entry.Path for entry in linux.Namespaces if entry.Type not in ("network", "user")}
     if "cgroup" in merged and not merged["cgroup"]:
         merged["cgroup"] = ""
@@ -114,6 +124,7 @@ def process(message: oci.Process, *, capabilities: oci.LinuxCapabilities | None 
         "user": {
             "uid": user.UID,
             "gid": user.GID,
+            **({"umask": user.Umask} if user.HasField("Umask") else {}),
             **given(additionalGids=list(user.AdditionalGids), username=user.Username),
         },
         "args": list(message.Args),

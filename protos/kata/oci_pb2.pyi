@@ -74,16 +74,18 @@ class Box(_message.Message):
     def __init__(self, Height: _Optional[int] = ..., Width: _Optional[int] = ...) -> None: ...
 
 class User(_message.Message):
-    __slots__ = ("UID", "GID", "AdditionalGids", "Username")
+    __slots__ = ("UID", "GID", "AdditionalGids", "Username", "Umask")
     UID_FIELD_NUMBER: _ClassVar[int]
     GID_FIELD_NUMBER: _ClassVar[int]
     ADDITIONALGIDS_FIELD_NUMBER: _ClassVar[int]
     USERNAME_FIELD_NUMBER: _ClassVar[int]
+    UMASK_FIELD_NUMBER: _ClassVar[int]
     UID: int
     GID: int
     AdditionalGids: _containers.RepeatedScalarFieldContainer[int]
     Username: str
-    def __init__(self, UID: _Optional[int] = ..., GID: _Optional[int] = ..., AdditionalGids: _Optional[_Iterable[int]] = ..., Username: _Optional[str] = ...) -> None: ...
+    Umask: int
+    def __init__(self, UID: _Optional[int] = ..., GID: _Optional[int] = ..., AdditionalGids: _Optional[_Iterable[int]] = ..., Username: _Optional[str] = ..., Umask: _Optional[int] = ...) -> None: ...
 
 class LinuxCapabilities(_message.Message):
     __slots__ = ("Bounding", "Effective", "Inheritable", "Permitted", "Ambient")

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import jsontext, oci
+from agent.errors import Unsupported
 from protos.kata import oci_pb2
 
 JSON = st.recursive(
@@ -114,6 +115,29 @@ def test_namespaces_of_the_sandbox_are_joined_and_others_made() -> None:
         {"type": "mount"},
         {"type": "pid"},
     ]
+
+
+def test_a_user_namespace_with_mappings_is_refused_and_not_forgotten() -> None:
+    spec = oci_pb2.Spec(
+        Linux=oci_pb2.Linux(
+            Namespaces=[oci_pb2.LinuxNamespace(Type="user")],
+            UIDMappings=[oci_pb2.LinuxIDMapping(ContainerID=0, HostID=100000, Size=65536)],
+        )
+    )
+    with pytest.raises(Unsupported, match="uidMappings"):
+        translate(spec)
+
+
+def test_a_umask_of_0_is_one_that_was_given() -> None:
+    assert "umask" not in user_of(oci_pb2.User())
+    assert user_of(oci_pb2.User(Umask=0))["umask"] == 0
+    assert user_of(oci_pb2.User(Umask=0o27))["umask"] == 0o27
+
+
+def user_of(user: oci_pb2.User) -> dict[str, object]:
+    found = oci.process(oci_pb2.Process(User=user))["user"]
+    assert isinstance(found, dict)
+    return found
 
 
 def test_sysctls_of_the_network_are_for_the_guest_and_not_for_crun() -> None:

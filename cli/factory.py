@@ -91,4 +91,4 @@ def _describe(templates: Templates, manifest: Manifest) -> str:
 
 def _tell_failure(templates: Templates, key: str) -> None:
     if failure := templates.failure(key):
-        print(f"a template could not be made {failure[0]:.0f} s ago: {failure[1]}", file=sys.stderr)
+        print(f"the last template failed {failure[0]:.0f} s ago: {failure[1]}", file=sys.stderr)

@@ -176,7 +176,8 @@ def test_a_state_that_qemu_cannot_read_is_thrown_away(warm: Warm) -> None:
     log = warm.log_of("true")
     assert "no VM comes out of it" in log
     assert "Not a migration stream" in log, "QEMU's own words"
-    wait_until_status(warm, "vm factory is on")
+    assert "no template is made, for the last one failed" in log
+    assert warm.factory("status") == "vm factory is off\n"
 
 
 def test_a_vm_of_a_template_that_is_killed_ends_its_container(warm: Warm) -> None:

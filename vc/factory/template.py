@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 RESTORE_TIMEOUT = 15.0  # seconds; it takes less than one, and a boot must still be possible afterwards
-RETRY_AFTER = 600.0  # seconds until a template that could not be made is tried again
+RETRY_AFTER = 600.0  # seconds until a template that could not be made or used is made again
 
 
 class Place(TypedDict):
@@ -118,6 +118,8 @@ class TemplateFactory:
         except HypervisorError as exc:
             log.warning("booting: template %s is thrown away, since no VM comes out of it: %s", key, exc)
             self._templates.discard(key)
+            # One that is made at once would hardly be better, and make every pod try and fail.
+            self._templates.note_failure(key, str(exc))
         finally:
             os.close(memory)
         return None
@@ -126,7 +128,7 @@ class TemplateFactory:
         """See to it that later pods find a template, without being in the way of this one."""
         failure = self._templates.failure(key)
         if failure is not None and 0 <= failure[0] < RETRY_AFTER:
-            log.info("no template is made: it failed %.0f s ago: %s", *failure)
+            log.info("no template is made, for the last one failed %.0f s ago: %s", *failure)
             return
         if self._config_path is not None:
             later = Later(self._config_path)

@@ -4,7 +4,7 @@
     <template_path>/<key>/manifest.json     what it is, and what its guest told about itself
     <template_path>/<key>/memory, state     the guest's memory with holes; the machine without its memory
     <template_path>/tmp-<random>/           one that is being made; without the lock's holder, waste
-    <template_path>/failed.json             why the last attempt to make one failed
+    <template_path>/failed.json             why the last attempt to make or use one failed
 
 A saved VM is run as it is, so whoever can write here owns every later pod, and whoever can read here reads
 the guest's secrets: what does not belong to us alone is refused. The rule: a template is opened by
@@ -230,14 +230,14 @@ class Templates:
     # Failures
 
     def note_failure(self, key: str, text: str) -> None:
-        """Remember that a template could not be made. Needs the lock."""
+        """Remember that a template could not be made or used."""
         temporary = self.directory / f"{FAILED}.new"
         with suppress(OSError):  # a full disk may be what failed
             temporary.write_text(json.dumps({"key": key, "text": text, "at": time.time()}))
             temporary.replace(self.directory / FAILED)
 
     def failure(self, key: str) -> tuple[float, str] | None:
-        """Return since how many seconds it is known that this template cannot be made, and why."""
+        """Return how many seconds ago this template could not be made or used the last time, and why."""
         try:
             noted = json.loads((self.directory / FAILED).read_text())
             if noted["key"] != key:

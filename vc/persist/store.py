@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vc.errors import AlreadyExists, NotFound
+from vc.errors import AlreadyExists, NotFound, VCError
 from vc.persist.schema import MAX_RECORD_BYTES, BrokenRecord, SandboxRecord, format_record, parse_record
 
 RECORD = "persist.json"
+TEMPORARY = ".tmp"  # its suffix until it is whole
 LOCK = "lock"
 
 
@@ -83,17 +84,24 @@ def claim(layout: Layout, sandbox_id: str) -> SandboxLock:
 
     Raises:
         AlreadyExists: a sandbox of this id is alive, or its remains were not cleaned up.
+        VCError: the directory cannot be written to; nothing is left in it then.
     """
     directory = layout.sandbox(sandbox_id)
-    make_private(layout.sandboxes)
     try:
+        make_private(layout.sandboxes)
         directory.mkdir(mode=0o700)
     except FileExistsError:
         raise AlreadyExists(
             f"sandbox {sandbox_id!r} already exists in {str(layout.sandboxes)!r}; "
             "delete it first, or run the shim's delete action if its shim is gone"
         ) from None
-    lock = SandboxLock(directory)
+    except OSError as exc:
+        raise _unwritable(directory, exc) from exc
+    try:
+        lock = SandboxLock(directory)
+    except OSError as exc:
+        forget(layout, sandbox_id)
+        raise _unwritable(directory, exc) from exc
     if not lock.acquire_nowait():
         lock.release()
         raise AlreadyExists(f"sandbox {sandbox_id!r} is being created by another process")
@@ -101,14 +109,24 @@ def claim(layout: Layout, sandbox_id: str) -> SandboxLock:
 
 
 def save(layout: Layout, record: SandboxRecord) -> None:
-    """Replace the record of a sandbox atomically."""
+    """Replace the record of a sandbox atomically. Raises VCError if it cannot be written."""
     path = layout.sandbox(record.id) / RECORD
-    temporary = path.with_suffix(".tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:
-        file.write(format_record(record))
-        file.flush()
-    temporary.replace(path)
+    temporary = path.with_suffix(TEMPORARY)
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
+            file.write(format_record(record))
+            file.flush()
+        temporary.replace(path)
+    except OSError as exc:
+        raise _unwritable(path, exc) from exc
+
+
+def _unwritable(path: Path, exc: OSError) -> VCError:
+    return VCError(
+        f"the state of a sandbox cannot be kept at {str(path)!r}: {exc.strerror}; "
+        "make room there, or set run_dir to another directory"
+    )
 
 
 def load(layout: Layout, sandbox_id: str) -> SandboxRecord:
@@ -132,8 +150,9 @@ def load(layout: Layout, sandbox_id: str) -> SandboxRecord:
 def forget(layout: Layout, sandbox_id: str) -> None:
     """Remove a sandbox's record, lock and directory; what else is in it stays. Safe to run twice."""
     directory = layout.sandbox(sandbox_id)
-    for name in (RECORD, LOCK):
-        (directory / name).unlink(missing_ok=True)
+    record = directory / RECORD
+    for path in (record, record.with_suffix(TEMPORARY), directory / LOCK):
+        path.unlink(missing_ok=True)
     try:
         directory.rmdir()
     except OSError:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vc.errors import AlreadyExists, NotFound
+from vc.errors import AlreadyExists, NotFound, VCError
 from vc.persist import store
 from vc.persist.schema import BrokenRecord, SandboxRecord, format_record, parse_record
 from vc.persist.store import Layout, SandboxLock
@@ -81,3 +81,20 @@ def test_a_huge_record_is_not_read_into_memory(tmp_path: Path) -> None:
     (layout.sandbox("a") / store.RECORD).write_bytes(b" " * (2 << 20))
     with pytest.raises(BrokenRecord, match="more than"):
         store.load(layout, "a")
+
+
+def test_a_run_dir_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "vc").write_text("a file where the directory should be")
+    with pytest.raises(VCError, match=r"vc/sbs/a' *: Not a directory.*run_dir"):
+        store.claim(Layout(tmp_path / "vc"), "a")
+
+
+def test_a_record_that_cannot_be_written_leaves_nothing_that_would_block_the_next_try(
+    tmp_path: Path,
+) -> None:
+    """Symptom: after "No space left on device" every later try said that the sandbox exists already."""
+    layout = Layout(tmp_path)
+    store.claim(layout, "a").release()
+    (layout.sandbox("a") / store.RECORD).with_suffix(store.TEMPORARY).touch()  # as a full disk leaves it
+    store.forget(layout, "a")
+    store.claim(layout, "a").release()

@@ -85,12 +85,17 @@ def of_process(pid: int) -> Cgroup:
             memberships = file.read()
     except OSError:
         return Cgroup({})
-    return Cgroup(locate(memberships, v2_root=os.path.exists(f"{ROOT}/cgroup.controllers")))
+    return Cgroup(locate(memberships, v2_root=is_unified()))
+
+
+def is_unified() -> bool:
+    """Whether version 2 is all there is."""
+    return os.path.exists(f"{ROOT}/cgroup.controllers")
 
 
 def is_hybrid() -> bool:
     """Whether both versions are mounted below one directory, with which crun refuses to work."""
-    return os.path.ismount(HYBRID) and not os.path.exists(f"{ROOT}/cgroup.controllers")
+    return os.path.ismount(HYBRID) and not is_unified()
 
 
 def locate(memberships: str, *, v2_root: bool) -> dict[str, str]:

@@ -98,6 +98,8 @@ class Crun:
     def _make(self, argv: list[str], directory: str, pid_file: str, streams: Sequence[int]) -> Child:
         log_file = f"{directory}/crun.log"
         stdin, stdout, stderr = streams or (None, None, None)
+        if os.path.exists(log_file):
+            os.unlink(log_file)  # crun appends, and an older failure is none of this process's
         with self._reaper.births():
             crun = self._reaper.spawn(
                 ["crun", "--root", self._root, "--log", f"file:{log_file}", *argv],

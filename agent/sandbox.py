@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-from agent import files, log, modules, mounts, oci, oom, storage
+from agent import cgroups, files, log, modules, mounts, oci, oom, storage
 from agent.container import KILL_SECONDS, Container, check_id, remove_tree
 from agent.errors import AgentError, AlreadyExists, WrongState, no_container
 from agent.process import Ports
@@ -206,6 +206,8 @@ class Sandbox:
         """
         pid = os.getpid()
         joined = {"ipc": f"/proc/{pid}/ns/ipc", "uts": f"/proc/{pid}/ns/uts", "pid": ""}
+        if cgroups.is_unified():
+            joined["cgroup"] = ""  # else the container would see, and take for its own, the guest's root
         if shared_pid:
             joined["pid"] = self._shared_pid_namespace
         return joined

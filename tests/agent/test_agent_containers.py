@@ -329,3 +329,14 @@ async def test_twenty_containers_leave_nothing(guest: Guest) -> None:
     assert threads < 30
     left = [path for path, _, _ in os.walk("/sys/fs/cgroup") if path.rsplit("/", 1)[-1] in names]
     assert left == []
+
+
+async def test_an_exec_that_cannot_be_started_tells_its_own_reason_alone(guest: Guest) -> None:
+    """The runtime appends to its log: a later failure once came with all earlier ones before it."""
+    container_id = await guest.start("sleep", "1000")
+    for program in ("/no/such/one", "/no/such/other"):
+        with pytest.raises(StatusError) as refused:
+            await guest.exec(container_id, program)
+        assert refused.value.status.message.count("/no/such/") == 1
+        assert program in refused.value.status.message
+    await guest.remove(container_id)

@@ -35,7 +35,7 @@ from vc.hypervisor.base import VMConfig
 from vc.hypervisor.configure import vm_config
 from vc.monitor import HealthCheck
 from vc.network.scan import interfaces_of
-from vc.oci.mounts import DEFAULT_SHM_BYTES, Plan, PlannedMount, clean, plan_mounts
+from vc.oci.mounts import DEFAULT_SHM_BYTES, SHM_OPTIONS, Plan, PlannedMount, clean, plan_mounts, shm_flags
 from vc.oci.mounts import Mount as SpecMount
 from vc.oci.spec import root as spec_root
 from vc.oci.translate import guest_spec
@@ -53,7 +53,6 @@ log = logging.getLogger(__name__)
 
 SHARE_TAG = "kataShared"  # Kata's virtiofs tag
 GUEST_SHM = "/run/kata-containers/sandbox/shm"  # Kata's place for the pod's /dev/shm
-SHM_OPTIONS = ("noexec", "nosuid", "nodev", "mode=1777")
 END_TIMEOUT = 2.0  # seconds for the guest's own end; a hung one is killed all the same
 HOSTNAME_MAX = 64  # bytes: linux/utsname.h, __NEW_UTS_LEN
 
@@ -194,10 +193,17 @@ class Sandbox:
                 log.warning("container %s: %s", container_id, planned.note)
             if planned.plan is Plan.SHARE:
                 source = Path(clean(planned.mount.source))
-                shared = volume(self._share, container_id, source, read_only=planned.mount.readonly)
+                shared = volume(
+                    self._share,
+                    container_id,
+                    source,
+                    read_only=planned.mount.readonly,
+                    recursive=not planned.mount.is_flat,
+                )
                 mounts.append(_with_source(planned, await enter(undo, shared)))
             elif planned.plan is Plan.SHM:
-                mounts.append(SpecMount(planned.mount.destination, GUEST_SHM, "bind", ("rbind",)))
+                flags = shm_flags(planned.mount)
+                mounts.append(SpecMount(planned.mount.destination, GUEST_SHM, "bind", ("rbind", *flags)))
             elif planned.plan is Plan.GUEST:
                 mounts.append(planned.mount)
             elif planned.plan is not Plan.IGNORE:

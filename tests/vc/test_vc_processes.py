@@ -25,7 +25,7 @@ from vc.agent_client.client import AgentClient, connected
 from vc.agent_client.transports import UnixAddress, open_transport
 from vc.background import background
 from vc.container import Container
-from vc.errors import AlreadyExists, GuestGone, NotFound, VCError, WrongState
+from vc.errors import AlreadyExists, GuestGone, InvalidArgument, NotFound, VCError, WrongState
 from vc.oci.translate import guest_process
 from vc.process import Process, StdioRequest
 from vc.states import ContainerState, ProcessState
@@ -324,6 +324,8 @@ async def test_a_signal_to_a_process_that_ended_or_never_ran_is_refused(
     await ended.wait()
     with pytest.raises(NotFound):
         await ended.signal(signal.SIGTERM)
+    with pytest.raises(InvalidArgument, match="there is no signal 99"):
+        await sleeper.signal_all(99)
     never = sleeper.exec("never", process("true"), OUTPUT)
     with pytest.raises(WrongState):
         await never.signal(signal.SIGTERM)

@@ -40,6 +40,7 @@ CHECK_TIMEOUT = 30.0
 CAUSE_GRACE = 1.0  # how long the watcher of the VMM has to name the cause of a lost connection
 STATE_TIMEOUT = 10.0  # calls on the way to an end: the guest may be sick, and containerd waits
 
+MAX_SIGNAL = 64  # asm-generic/signal.h, _NSIG
 STREAMS_FEATURE = "stdio-streams"  # ours: see protos/kata/agent.proto, WaitProcessResponse
 
 _AGENT = service(agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
@@ -230,6 +231,8 @@ class AgentClient:
 
     async def signal_process(self, container_id: str, exec_id: str, signal: int) -> None:
         """Send a signal; an empty exec id with SIGKILL means every process of the container."""
+        if not 0 <= signal <= MAX_SIGNAL:
+            raise InvalidArgument(f"there is no signal {signal}: they have numbers from 1 to {MAX_SIGNAL}")
         request = agent_pb2.SignalProcessRequest(container_id=container_id, exec_id=exec_id, signal=signal)
         await self._order("SignalProcess", request, STATE_TIMEOUT)
 

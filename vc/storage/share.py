@@ -90,6 +90,12 @@ def remove(share: Share) -> None:
             shutil.rmtree(directory, ignore_errors=True)
 
 
+def check_root(root: Path) -> None:
+    """Refuse a root file system that is not there. Raises: InvalidArgument."""
+    if not root.is_dir():
+        raise InvalidArgument(f"the container's root {str(root)!r} is no directory on the host")
+
+
 @contextmanager
 def container_rootfs(
     share: Share, container_id: str, mounts: Sequence[Mount], root: Path, *, read_only: bool
@@ -97,6 +103,10 @@ def container_rootfs(
     """Give a container's root to the guest for the length of the block; yield its path there.
 
     `mounts` are containerd's entries. Without any, `root` is mounted already (docker, CRI-O) and is bound.
+
+    Raises:
+        InvalidArgument: there is no root.
+        VCError: it cannot be mounted.
     """
     target = share.rootfs(container_id)
     target.mkdir(mode=0o755, parents=True)
@@ -104,6 +114,7 @@ def container_rootfs(
         if mounts:
             mount_all(mounts, target)
         else:
+            check_root(root)
             _bind_volume(root, target, read_only=False)
         if read_only:
             mount("", target, "", MS_BIND | MS_REMOUNT | MS_RDONLY)
@@ -115,8 +126,12 @@ def container_rootfs(
 
 
 @contextmanager
-def volume(share: Share, container_id: str, source: Path, *, read_only: bool) -> Iterator[str]:
+def volume(
+    share: Share, container_id: str, source: Path, *, read_only: bool, recursive: bool = True
+) -> Iterator[str]:
     """Give a directory or file to the guest for the length of the block; yield its path there.
+
+    `recursive`: with what is mounted below it.
 
     Raises:
         InvalidArgument: there is nothing at `source`.
@@ -129,16 +144,16 @@ def volume(share: Share, container_id: str, source: Path, *, read_only: bool) ->
     else:
         raise InvalidArgument(f"mount source {str(source)!r} does not exist on the host")
     try:
-        _bind_volume(source, target, read_only=read_only)
+        _bind_volume(source, target, read_only=read_only, recursive=recursive)
         yield share.guest_path(target)
     finally:
         unmount_below(target)
         _remove_mount_point(target)
 
 
-def _bind_volume(source: Path, target: Path, *, read_only: bool) -> None:
+def _bind_volume(source: Path, target: Path, *, read_only: bool, recursive: bool = True) -> None:
     try:
-        bind(source, target, read_only=read_only)
+        bind(source, target, read_only=read_only, recursive=recursive)
     except OSError as exc:
         raise VCError(f"cannot share {str(source)!r} with the guest: {exc.strerror}") from exc
 

@@ -16,8 +16,8 @@ import math
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from vc.errors import GuestGone, HypervisorError, VCError
 from vc.hypervisor.base import Device, Machine, VMConfig
 from vc.hypervisor.qemu.driver import launch
 from vc.monitor import HealthCheck, wait_hung
-from vc.persist.store import Layout
+from vc.persist.store import Layout, SandboxLock
 from vc.storage.sharedfs import SOCKET as VIRTIOFS_SOCKET
 from vc.storage.sharedfs import SharedFS, virtiofsd
 
@@ -76,6 +76,7 @@ class VM:
     def __init__(self, vmid: str, machine: Machine) -> None:
         self.vmid = vmid
         self.machine = machine
+        self.cause = ""  # of its end, with what the guest printed last
         self.gone: GuestGone | None = None
         self.booting = trio.CancelScope()
         self._connected = trio.CancelScope()
@@ -115,7 +116,8 @@ class VM:
         A guest that is only cut off from us must not go on writing to what it shares with the host.
         """
         if self.gone is None:
-            self.gone = GuestGone(f"VM {self.vmid} is gone: {cause}; {console_tail(self.machine)}")
+            self.cause = f"{cause}; {console_tail(self.machine)}" if self.machine.console.lines() else cause
+            self.gone = GuestGone(f"VM {self.vmid} is gone: {self.cause}")
             self._gone.set()
             self.booting.cancel()
             for agent in self._agents:
@@ -154,6 +156,21 @@ def console_tail(machine: Machine) -> str:
     return "last console lines: " + " | ".join(line.strip() for line in lines[-CONSOLE_LINES:])
 
 
+@contextmanager
+def _directory(vm_dir: Path) -> Iterator[None]:
+    """Make a VM's directory for the length of the block. Whoever gets its lock knows that we are gone."""
+    vm_dir.mkdir(mode=0o700, parents=True)
+    lock = None
+    try:
+        lock = SandboxLock(vm_dir)
+        lock.acquire_nowait()
+        yield
+    finally:
+        shutil.rmtree(vm_dir, ignore_errors=True)
+        if lock is not None:
+            lock.release()  # last, so that the directory never lacks an owner
+
+
 @asynccontextmanager
 async def boot_vm(
     config: VMConfig,
@@ -178,10 +195,9 @@ async def boot_vm(
     async with AsyncExitStack() as stack:
         vm_dir = Layout(config.run_dir).vm(vmid)
         try:
-            vm_dir.mkdir(mode=0o700, parents=True)
+            stack.enter_context(_directory(vm_dir))
         except OSError as exc:
             raise HypervisorError(f"cannot make the directory {vm_dir} of VM {vmid}: {exc.strerror}") from exc
-        stack.callback(shutil.rmtree, vm_dir, ignore_errors=True)
         share: SharedFS | None = None
         devices: list[Device] = []
         if config.shared_fs is not None and shared_dir is not None:
@@ -189,17 +205,19 @@ async def boot_vm(
                 virtiofsd(config.shared_fs, shared_dir, vm_dir / VIRTIOFS_SOCKET)
             )
             devices.append(share.device)
-        machine = await stack.enter_async_context(
-            launch(
-                config,
-                vm_dir=vm_dir,
-                vmid=vmid,
-                netns=netns,
-                devices=() if snapshot else devices,  # a machine with a share in it cannot be saved
-                memory=snapshot.memory if snapshot else memory,
-                restored=snapshot is not None,
-            )
+        machine_block = launch(
+            config,
+            vm_dir=vm_dir,
+            vmid=vmid,
+            netns=netns,
+            devices=() if snapshot else devices,  # a machine with a share in it cannot be saved
+            memory=snapshot.memory if snapshot else memory,
+            restored=snapshot is not None,
         )
+        try:
+            machine = await stack.enter_async_context(machine_block)
+        except HypervisorError as exc:
+            raise await _launch_error(vmid, share, exc) from exc
         launched = trio.current_time() - began
         vm = VM(vmid, machine)
         nursery = await stack.enter_async_context(background())
@@ -213,9 +231,9 @@ async def boot_vm(
                     await _restore(machine, snapshot, devices)
                 await nursery.start(vm.connect, began, snapshot)
         except VCError as exc:
-            raise await _boot_error(vm, config, str(exc), trio.current_time() - began) from exc
+            raise await _boot_error(vm, config, share, str(exc), trio.current_time() - began) from exc
         if vm.booting.cancelled_caught:
-            raise await _boot_error(vm, config, "", trio.current_time() - began)
+            raise await _boot_error(vm, config, share, "", trio.current_time() - began)
         vm.times = replace(vm.times, launched=launched)
         log.info("VM %s serves: %s", vmid, vm.times)
         yield vm
@@ -265,14 +283,28 @@ async def _serve_agent(
             await trio.sleep_forever()  # the owner may still read from streams
 
 
-async def _boot_error(vm: VM, config: VMConfig, problem: str, elapsed: float) -> HypervisorError:
+async def _launch_error(vmid: str, share: SharedFS | None, error: HypervisorError) -> HypervisorError:
+    """Name the cause of a machine that could not be started: a virtiofsd that ended refuses connections."""
+    if share is not None:
+        with trio.move_on_after(BLAME_GRACE):
+            cause = await share.wait_dead()
+            return HypervisorError(f"VM {vmid} cannot be started: {cause}; check virtio_fs_daemon")
+    return error
+
+
+async def _boot_error(
+    vm: VM, config: VMConfig, share: SharedFS | None, problem: str, elapsed: float
+) -> HypervisorError:
     """Say what is known of a boot that failed: whoever noticed first may not know the cause."""
     if problem and vm.gone is None:
         with trio.move_on_after(BLAME_GRACE):
             await vm.wait_gone()
-    if vm.gone is not None:
-        why = f"after {elapsed:.1f} s: {vm.gone}"
-        advice = "check kernel, initrd and image in the configuration"
+    if vm.gone is not None and share is not None and share.failed:
+        why = f"after {elapsed:.1f} s: {await share.wait_dead()}"  # a QEMU without its virtiofsd ends as well
+        advice = "check virtio_fs_daemon in the configuration"
+    elif vm.gone is not None:
+        why = f"after {elapsed:.1f} s: {vm.cause}"
+        advice = "check kernel, initrd, image and path in the configuration"
     else:
         problem = problem or "its agent does not answer"
         said = vm.machine.messages.last(CONSOLE_LINES)

@@ -109,9 +109,9 @@ def _resolve(text: str, origin: str) -> Path:
         path = Path(text).resolve(strict=True)
     except (OSError, ValueError, RuntimeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else exc
-        raise InvalidArgument(f"config file {describe(text)} of {origin}: {reason}") from exc
+        raise InvalidArgument(f"config file {_quoted(text)} of {origin}: {reason}") from exc
     if not path.is_file():
-        raise InvalidArgument(f"config file {describe(text)} of {origin} is not a regular file")
+        raise InvalidArgument(f"config file {_quoted(text)} of {origin} is not a regular file")
     return path
 
 
@@ -312,6 +312,10 @@ def _report(source: Path, problems: list[str]) -> str:
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} problems in the configuration {source}: " + "; ".join(problems)
+
+
+def _quoted(text: str) -> str:
+    return describe(text).removesuffix(" (a string)")
 
 
 def brief(name: str) -> str:

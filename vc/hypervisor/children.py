@@ -84,6 +84,11 @@ class Child:
         await self._dead.wait()
         return self._cause
 
+    @property
+    def exit_status(self) -> int | None:
+        """As in subprocess: negative after a signal, None while it lives."""
+        return self._process.returncode
+
     def kill_nowait(self) -> None:
         """Send SIGKILL, unless it is dead already."""
         if self._process.returncode is None:

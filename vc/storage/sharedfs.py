@@ -112,6 +112,11 @@ class SharedFS:
         self.pid = child.pid
         self._child = child
 
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended by an error. When the VMM ends, it ends in order."""
+        return bool(self._child.exit_status)
+
     async def wait_dead(self) -> str:
         """Block until virtiofsd has ended; return the cause. The guest's files are gone with it."""
         return await self._child.wait_dead()

@@ -19,7 +19,8 @@ def test_lines_are_cut_at_newlines_wherever_the_bytes_are_cut() -> None:
 @pytest.mark.parametrize(
     ("data", "shown"),
     [
-        (b"\x1b[2J\x1b]0;owned\x07", "\\x1b[2J\\x1b]0;owned\\x07"),
+        (b"\x1bc\x1b[?7l\x1b[2J\x1b[0mSeaBIOS\x1b]0;owned\x07\x1b]8;;x\x1b\\!", "SeaBIOS!"),
+        (b"cut short\x1b[3", "cut short\\x1b[3"),
         (b"bell\x07 back\x08space", "bell\\x07 back\\x08space"),
         (b"\xff\xfe", "\\xff\\xfe"),
         ("safe\u202eevil\u2066".encode(), "safe\\u202eevil\\u2066"),

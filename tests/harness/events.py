@@ -61,10 +61,20 @@ class Recorder:
     def topics(self, container: str) -> list[str]:
         return [event.topic.removeprefix("/tasks/") for event in self.of(container)]
 
-    def wait_for(self, container: str, topic: str, timeout: float = 10.0) -> list[Event]:
-        """Wait until `container` has had an event of `topic` (without /tasks/); return all of its events."""
+    def wait_for(
+        self, container: str, topic: str, timeout: float = 10.0, *, process: str = ""
+    ) -> list[Event]:
+        """Wait until `container` has had an event of `topic` (without /tasks/); return all of its events.
+
+        `process` is the id of the only process whose events count.
+        """
+
+        def seen() -> bool:
+            wanted = [event for event in self.of(container) if process in ("", event.body.get("id"))]
+            return f"/tasks/{topic}" in [event.topic for event in wanted]
+
         with self._changed:
-            if self._changed.wait_for(lambda: topic in self.topics(container), timeout):
+            if self._changed.wait_for(seen, timeout):
                 return self.of(container)
         raise HarnessError(f"no {topic!r} event of {container!r} in {timeout} s, only {self.of(container)}")
 

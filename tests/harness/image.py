@@ -80,6 +80,12 @@ def build_image(target: Path) -> None:
             _add_file(archive, name, files[name], 0o644)
 
 
+def unpack_image(target: Path) -> None:
+    """Make `target` a directory with the image's files."""
+    with tarfile.open(fileobj=io.BytesIO(_layer())) as archive:
+        archive.extractall(target)
+
+
 def _digest(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 

@@ -37,6 +37,7 @@ def number(text: str) -> int:
 def version2(read: Read) -> messages.CgroupStats:
     """Return the statistics of a version 2 cgroup."""
     cpu, memory = pairs(read("cpu", "cpu.stat")), pairs(read("memory", "memory.stat"))
+    events = pairs(read("memory", "memory.events"))
     kinds = schema.agent
     return kinds.CgroupStats(
         cpu_stats=kinds.CpuStats(
@@ -56,7 +57,7 @@ def version2(read: Read) -> messages.CgroupStats:
             usage=kinds.MemoryData(
                 usage=number(read("memory", "memory.current")),
                 max_usage=number(read("memory", "memory.peak")),
-                failcnt=pairs(read("memory", "memory.events")).get("max", 0),
+                failcnt=events.get("max", 0),
                 limit=number(read("memory", "memory.max")),
             ),
             swap_usage=kinds.MemoryData(
@@ -67,7 +68,7 @@ def version2(read: Read) -> messages.CgroupStats:
             ),
             kernel_usage=kinds.MemoryData(usage=memory.get("kernel", 0)),
             use_hierarchy=True,
-            stats=memory,
+            stats=_with_kills(memory, events),
         ),
         pids_stats=_pids(read),
         blkio_stats=_io_stat(read("io", "io.stat")),
@@ -108,7 +109,7 @@ def version1(read: Read) -> messages.CgroupStats:
             swap_usage=_memory_v1(read, "memory.memsw"),
             kernel_usage=_memory_v1(read, "memory.kmem"),
             use_hierarchy=number(read("memory", "memory.use_hierarchy")) == 1,
-            stats=memory,
+            stats=_with_kills(memory, pairs(read("memory", "memory.oom_control"))),
         ),
         pids_stats=_pids(read),
         blkio_stats=kinds.BlkioStats(
@@ -125,6 +126,11 @@ def version1(read: Read) -> messages.CgroupStats:
             if (usage := read("hugetlb", f"hugetlb.{size}.usage_in_bytes"))
         },
     )
+
+
+def _with_kills(memory: dict[str, int], events: dict[str, int]) -> dict[str, int]:
+    """Add how many processes were killed for want of memory: the host tells its clients, and counts by it."""
+    return {**memory, "oom_kill": events["oom_kill"]} if "oom_kill" in events else memory
 
 
 def _memory_v1(read: Read, prefix: str) -> messages.MemoryData:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import trio
@@ -77,8 +78,8 @@ class Exits:
             await record.io.wait_copied(ended.stdout_bytes, ended.stderr_bytes)
             if not record.exec_id:
                 await self._end_execs(task)
-                if ended.status == KILLED_STATUS:
-                    await self._keep_stats(task)
+            if ended.status == KILLED_STATUS:
+                await self._read_stats(task)
         except Exception:
             log.exception("watching %s failed", record.name)
             ended = Exit(KILLED_STATUS, time.time())
@@ -123,13 +124,29 @@ class Exits:
         for record in running:
             self._report(task, record, Exit(KILLED_STATUS, time.time(), "its container ended"))
 
-    async def _keep_stats(self, task: Task) -> None:
-        """Read the counters once more: clients ask after a kill whether it was for want of memory."""
+    async def memory_ran_out(self, task: Task) -> None:
+        """The guest says that something in a task was killed for want of memory: tell it once."""
+        await self._read_stats(task)
+        if "oom_kill" not in _memory_counters(task):  # no guest of ours: its word is all there is
+            self._tell_oom_kills(task, task.oom_kills + 1)
+
+    async def _read_stats(self, task: Task) -> None:
+        """Read the counters, and tell if they say that something was killed for want of memory.
+
+        The guest's word for that comes by another way than the exit of what was killed, maybe later. Clients
+        want it earlier, and ask for the counters of a container that was killed.
+        """
         with trio.move_on_after(STATS_LIMIT):
             try:
                 task.stats = await task.container.stats()
             except VCError as exc:
                 log.debug("no last counters of %s: %s", task.init.name, exc)
+        self._tell_oom_kills(task, _memory_counters(task).get("oom_kill", 0))
+
+    def _tell_oom_kills(self, task: Task, count: int) -> None:
+        if count > task.oom_kills:
+            task.oom_kills = count
+            self._announcer.out_of_memory(task)
 
     async def _end_other_tasks(self, owner: Task) -> None:
         """With the sandbox's own container the pod ends, so nobody may wait for the others for ever."""
@@ -143,3 +160,7 @@ class Exits:
                 await task.container.signal_all(SIGKILL)
             except VCError as exc:
                 log.debug("%s cannot be killed with its pod: %s", task.init.name, exc)
+
+
+def _memory_counters(task: Task) -> Mapping[str, int]:
+    return task.stats.cgroup_stats.memory_stats.stats if task.stats is not None else {}

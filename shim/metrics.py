@@ -86,13 +86,13 @@ def host_is_unified(root: Path = CGROUP_ROOT) -> bool:
     return (root / "cgroup.controllers").exists()
 
 
-def metrics(stats: StatsContainerResponse, *, unified: bool, oom_killed: bool = False) -> Any:
+def metrics(stats: StatsContainerResponse, *, unified: bool, oom_kills: int = 0) -> Any:
     """Return the counters as the host's containerd takes them."""
-    message = metrics_v2(stats, oom_killed) if unified else metrics_v1(stats, oom_killed)
+    message = metrics_v2(stats, oom_kills) if unified else metrics_v1(stats, oom_kills)
     return Any(type_url=message.DESCRIPTOR.full_name, value=message.SerializeToString())
 
 
-def metrics_v1(stats: StatsContainerResponse, oom_killed: bool = False) -> v1.Metrics:
+def metrics_v1(stats: StatsContainerResponse, oom_kills: int = 0) -> v1.Metrics:
     """Return the counters in the form of cgroup v1."""
     group = stats.cgroup_stats
     out = v1.Metrics()
@@ -114,7 +114,7 @@ def metrics_v1(stats: StatsContainerResponse, oom_killed: bool = False) -> v1.Me
     _fill_entry(out.memory.swap, memory.swap_usage)
     _fill_entry(out.memory.kernel, memory.kernel_usage)
     out.memory.kernel_tcp.SetInParent()
-    out.memory_oom_control.oom_kill = _oom_kills(memory.stats, oom_killed)
+    out.memory_oom_control.oom_kill = _oom_kills(memory.stats, oom_kills)
     out.blkio.SetInParent()
     for name in v1.BlkIOStat.DESCRIPTOR.fields_by_name:  # the guest's fields have the same names
         for entry in getattr(group.blkio_stats, name):
@@ -128,7 +128,7 @@ def metrics_v1(stats: StatsContainerResponse, oom_killed: bool = False) -> v1.Me
     return out
 
 
-def metrics_v2(stats: StatsContainerResponse, oom_killed: bool = False) -> v2.Metrics:
+def metrics_v2(stats: StatsContainerResponse, oom_kills: int = 0) -> v2.Metrics:
     """Return the counters in the form of cgroup v2, whose times are microseconds; the guest's are nano."""
     group = stats.cgroup_stats
     out = v2.Metrics()
@@ -151,7 +151,7 @@ def metrics_v2(stats: StatsContainerResponse, oom_killed: bool = False) -> v2.Me
     out.memory.max_usage = memory.usage.max_usage
     out.memory.swap_usage, out.memory.swap_limit = memory.swap_usage.usage, memory.swap_usage.limit
     out.memory.swap_max_usage = memory.swap_usage.max_usage
-    out.memory_events.oom_kill = _oom_kills(memory.stats, oom_killed)
+    out.memory_events.oom_kill = _oom_kills(memory.stats, oom_kills)
     _fill_io(out.io, stats)
     for size, huge in sorted(group.hugetlb_stats.items()):
         out.hugetlb.add(pagesize=size, current=huge.usage, max=huge.max_usage, failcnt=huge.failcnt)
@@ -166,9 +166,9 @@ def _first(stats: Mapping[str, int], names: tuple[str, ...]) -> int:
     return next((stats[name] for name in names if name in stats), 0)
 
 
-def _oom_kills(stats: Mapping[str, int], seen: bool) -> int:
-    """Return how often the guest's kernel killed for memory; at least once if it was seen to."""
-    return max(stats.get("oom_kill", 0), int(seen))
+def _oom_kills(stats: Mapping[str, int], told: int) -> int:
+    """Return how often the guest's kernel killed for memory; at least as often as clients were told."""
+    return max(stats.get("oom_kill", 0), told)
 
 
 def _fill_entry(entry: v1.MemoryEntry, data: MemoryData) -> None:

@@ -214,8 +214,7 @@ class Pod:
                 return
             for task in self.tasks:  # none if it was deleted meanwhile
                 if task.id == container_id:
-                    task.oom_killed = True
-                    self._announcer.out_of_memory(task)
+                    await self._exits.memory_ran_out(task)
 
     async def end_sandbox(self, limit: float) -> None:
         """End the VM and all that belongs to it; wait at most `limit` seconds, also when cancelled."""
@@ -318,7 +317,7 @@ class Pod:
             log.debug("%s: %s", record.name, exc)
 
     async def _drop_task(self, task: Task) -> None:
-        task.init.end(KILLED_STATUS, time.time())  # only has an effect if it never ran
+        self._exits.end_unstarted(task, task.init, KILLED_STATUS)  # only has an effect if it never ran
         for record in list(task.execs.values()):
             record.end(KILLED_STATUS, time.time())
             await self._close_io(record)

@@ -112,6 +112,7 @@ class TaskService:
 
     async def checkpoint(self, request: api.CheckpointTaskRequest, context: Context) -> None:
         """Refuse: a VM's state cannot be written in the form that runc's checkpoints have."""
+        self._pod.tasks.find(request.id)
         raise Unsupported("checkpoints of tasks are not supported")
 
     async def kill(self, request: api.KillRequest, context: Context) -> None:
@@ -155,7 +156,7 @@ class TaskService:
         await self._read_stats(task)
         if task.stats is None:
             raise NotFound(f"there are no counters of container {task.id!r}")
-        found = metrics.metrics(task.stats, unified=self._unified_cgroups, oom_killed=task.oom_killed)
+        found = metrics.metrics(task.stats, unified=self._unified_cgroups, oom_kills=task.oom_kills)
         return api.StatsResponse(stats=found)
 
     async def _read_stats(self, task: Task) -> None:

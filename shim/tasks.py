@@ -134,7 +134,7 @@ class Task:
     owns_sandbox: bool
     execs: dict[str, ProcessRecord] = field(default_factory=dict)
     stats: StatsContainerResponse | None = None  # the last that were read
-    oom_killed: bool = False
+    oom_kills: int = 0  # processes killed for want of memory, as far as clients were told
 
     @property
     def pid(self) -> int:

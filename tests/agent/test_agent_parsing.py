@@ -152,7 +152,7 @@ def test_statistics_of_version_2() -> None:
     memory = result.memory_stats
     assert (memory.cache, memory.usage.usage, memory.usage.max_usage) == (20, 4096, 8192)
     assert (memory.usage.limit, memory.usage.failcnt) == (2**64 - 1, 7)
-    assert dict(memory.stats) == {"anon": 10, "file": 20, "kernel": 30}
+    assert dict(memory.stats) == {"anon": 10, "file": 20, "kernel": 30, "oom_kill": 1}
     assert (result.pids_stats.current, result.pids_stats.limit) == (3, 0)
     entries = result.blkio_stats.io_service_bytes_recursive
     assert [(e.major, e.minor, e.op, e.value) for e in entries] == [

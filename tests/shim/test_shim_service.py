@@ -488,7 +488,7 @@ async def test_delete_of_a_created_task_releases_its_waiters(shim: Shim, nursery
         await trio.testing.wait_all_tasks_blocked(0.05)
         await shim.call("Delete", id="c1")
     assert [answer.exit_status for answer in answers] == [137, 137]
-    assert await shim.wait_events(2) == ["/tasks/create", "/tasks/delete"]
+    assert await shim.wait_events(3) == ["/tasks/create", "/tasks/exit", "/tasks/delete"]
 
 
 async def test_a_failed_create_leaves_nothing_and_the_shim_ends_at_shutdown(shim: Shim) -> None:
@@ -774,6 +774,21 @@ async def test_out_of_memory_is_announced_and_counted_after_the_exit(shim: Shim)
     assert topics[-2:] == ["/tasks/oom", "/tasks/exit"]
 
 
+async def test_a_kill_for_want_of_memory_is_told_before_the_exit_though_the_guest_tells_it_later(
+    shim: Shim,
+) -> None:
+    """The guest's word came by a call of its own, which the exit could overtake."""
+    container = await shim.run()
+    container.counters = StatsContainerResponse()
+    container.counters.cgroup_stats.memory_stats.stats["oom_kill"] = 1
+    container.init.end(137)
+    await shim.call("Wait", id="c1")
+    await shim.sandboxes[0].oom_send.send("c1")
+    await shim.call("Delete", id="c1")
+    topics = await shim.wait_events(5)
+    assert topics == ["/tasks/create", "/tasks/start", "/tasks/oom", "/tasks/exit", "/tasks/delete"]
+
+
 async def test_a_pods_containers_share_the_sandbox_and_end_with_it(shim: Shim) -> None:
     pod = {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": "p1"}
     inside = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "p1"}
@@ -820,7 +835,7 @@ async def test_a_start_that_fails_leaves_the_task_deletable(shim: Shim) -> None:
     assert (await shim.fails("Start", id="c1")).code is Code.FAILED_PRECONDITION
     assert (await shim.call("State", id="c1")).status == 1
     await shim.call("Delete", id="c1")
-    assert await shim.wait_events(2) == ["/tasks/create", "/tasks/delete"]
+    assert await shim.wait_events(3) == ["/tasks/create", "/tasks/exit", "/tasks/delete"]
 
 
 async def test_a_signal_to_the_shim_is_obeyed_although_nobody_reads_the_output(shim: Shim) -> None:

@@ -192,7 +192,7 @@ def test_the_type_of_counters_is_named_as_containerd_compares_it() -> None:
     stats = StatsContainerResponse()
     assert metrics.metrics(stats, unified=False).type_url == "io.containerd.cgroups.v1.Metrics"
     assert metrics.metrics(stats, unified=True).type_url == "io.containerd.cgroups.v2.Metrics"
-    seen = metrics.metrics(stats, unified=True, oom_killed=True)
+    seen = metrics.metrics(stats, unified=True, oom_kills=1)
     assert cgroups_v2_pb2.Metrics.FromString(seen.value).memory_events.oom_kill == 1
 
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import MakeContainerd, NoLeaks
 from tests.harness.containerd import TIMEOUT, Containerd
 from tests.harness.events import Recorder
@@ -52,6 +54,8 @@ def test_containers_outlive_the_daemon(make_containerd: MakeContainerd) -> None:
 
 def test_an_exit_while_the_daemon_is_away_is_known_afterwards(make_containerd: MakeContainerd) -> None:
     with make_containerd() as daemon:
+        if not daemon.runtime.is_vm and daemon.version() >= (1, 7):
+            pytest.skip("its shim tells no pid of an ended task, so containerd 1.7 and later deletes it")
         volume = daemon.directory / "volume"
         volume.mkdir()
         script = "while [ ! -e /volume/go ]; do sleep 0.1; done; echo >/volume/gone; exit 17"

@@ -128,7 +128,9 @@ def bundle_of(containerd: Containerd, container: str) -> Path:
     return containerd.directory / "state" / task / containerd.namespace / container
 
 
-def test_the_daemon_finds_the_shim_where_each_generation_looks(containerd: Containerd, shared: str) -> None:
+def test_the_daemon_finds_the_shim_where_each_generation_looks(
+    containerd: Containerd, vm_runtime: Runtime, shared: str
+) -> None:
     """1.7 reads `address`, which the shim writes; 2.x notes for itself what `start` printed."""
     bundle = bundle_of(containerd, shared)
     address = (bundle / "address").read_text()

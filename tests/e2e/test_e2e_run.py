@@ -166,6 +166,7 @@ def test_detached_and_deleted_later(containerd: Containerd, events: Recorder, no
             assert gone.exit_status != 0
             assert b"not found" in gone.stderr, gone
             assert containerd.delete_task(container) == 9
+        events.wait_for(container, "delete")  # events leave after the answers
         assert events.topics(container) == ["create", "start", "exit", "delete"]
 
 

@@ -288,7 +288,8 @@ async def _launch_error(vmid: str, share: SharedFS | None, error: HypervisorErro
     if share is not None:
         with trio.move_on_after(BLAME_GRACE):
             cause = await share.wait_dead()
-            return HypervisorError(f"VM {vmid} cannot be started: {cause}; check virtio_fs_daemon")
+            if share.failed:  # else it only ended because QEMU's end of the connection was closed
+                return HypervisorError(f"VM {vmid} cannot be started: {cause}; check virtio_fs_daemon")
     return error
 
 

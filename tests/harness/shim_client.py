@@ -49,7 +49,7 @@ class Shim:
 
     containerd: Containerd
     runtime: str
-    id: str = ""
+    id: str = field(init=False)
     directory: Path = field(init=False)
     outputs: dict[str, int] = field(default_factory=dict)  # read ends of stdout, by container
 

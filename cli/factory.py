@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import replace
 
 import trio
 
@@ -20,6 +21,7 @@ DESTROYED = "vm factory destroyed"
 ON, OFF, STATUS_NOT_ENABLED = "vm factory is on", "vm factory is off", "vm factory not enabled"
 
 MIB = 1 << 20
+PATIENCE = 10  # times as long as a pod may take; it boots at the lowest priority
 LOWEST_PRIORITY = 19  # sched(7), "nice"
 
 
@@ -45,19 +47,18 @@ def _init(config: Config, templates: Templates, *, background: bool) -> int:
         _step_back()
     from vc.factory.maker import make_template
 
-    made = trio.run(lambda: make_template(vm_config(config), templates, wait=not background))
+    base = vm_config(config)
+    if background:
+        base = replace(base, dial_timeout=base.dial_timeout * PATIENCE)
+    made = trio.run(lambda: make_template(base, templates, wait=not background))
     if made is not None:
         print(INITIALIZED)
     return 0
 
 
 def _step_back() -> None:
-    """Run when nobody else wants to."""
+    """Let everybody else go first. Not SCHED_IDLE: on a busy host that would never end."""
     os.nice(LOWEST_PRIORITY)
-    try:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    except OSError:
-        pass  # the priority is what is left
 
 
 def _status(config: Config, templates: Templates) -> int:

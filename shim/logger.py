@@ -21,8 +21,12 @@ log = logging.getLogger(__name__)
 
 STDOUT_FD, STDERR_FD, READY_FD = 3, 4, 5  # containerd, runtime v2 logging package
 ABOVE = 10  # our copies are above the numbers that the child's are put on
+# A full pipe may still be unread when the process is deleted, and a simple program dies of SIGTERM at once.
+# Less than `delete` gives the serving process, so that the signal is sent while that lives.
+END_GRACE = 1.5  # seconds
 TERM_GRACE = 12.0  # seconds, as in the reference shim
 KILL_WAIT = 2.0  # seconds
+NO_SIGNAL = 0  # kill(2): nothing is sent
 
 
 class Logger:
@@ -42,7 +46,8 @@ class Logger:
         if self._handle < 0:
             return
         with trio.CancelScope(shield=True):  # each wait below is bounded
-            for number, limit in ((signal.SIGTERM, TERM_GRACE), (signal.SIGKILL, KILL_WAIT)):
+            steps = ((NO_SIGNAL, END_GRACE), (signal.SIGTERM, TERM_GRACE), (signal.SIGKILL, KILL_WAIT))
+            for number, limit in steps:
                 signal.pidfd_send_signal(self._handle, number)
                 with trio.move_on_after(limit):
                     await trio.lowlevel.wait_readable(self._handle)

@@ -1,0 +1,315 @@
+"""Where output goes beside a client's terminal, clients that come and go, and much data; mostly in one VM."""
+
+import hashlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import pytest
+import trio
+
+from protos.containerd import task_v2_pb2
+from tests.e2e.test_e2e_crashes import wait_until
+from tests.harness.containerd import TIMEOUT, Containerd, Result
+from tests.harness.events import Recorder
+from ttrpc.client import Client
+from ttrpc.methods import service
+
+MIB = 1 << 20
+LARGE = 256  # MiB
+
+# A logging program that knows no signals, as simple as one can be. Its environment has no PATH.
+SIMPLE_LOGGER = """\
+#!/bin/sh
+exec 5>&-
+/bin/cat <&3 >"$2/stdout" &
+/bin/cat <&4 >"$2/stderr"
+wait
+echo done >"$2/done"
+"""
+# One that is ready only when somebody opens the fifo `gate`.
+GATED_LOGGER = """\
+#!{python} -IS
+import os, sys
+directory = sys.argv[2]
+with open(f"{{directory}}/said", "w") as said:
+    # Not os.environ, to which Python adds.
+    given = open("/proc/self/environ").read().rstrip("\\0").split("\\0")
+    print(*sys.argv[1:], *sorted(given), file=said)
+os.rename(f"{{directory}}/said", f"{{directory}}/waiting")
+open(f"{{directory}}/gate").close()
+os.write(5, b"r")
+os.close(5)
+for descriptor, name in ((3, "stdout"), (4, "stderr")):
+    with open(f"{{directory}}/{{name}}", "wb") as output:
+        while data := os.read(descriptor, 65536):
+            output.write(data)
+os.rename(f"{{directory}}/waiting", f"{{directory}}/done")
+"""
+
+
+@pytest.fixture
+def logs(containerd: Containerd, request: pytest.FixtureRequest) -> Path:
+    """An empty directory for what is logged."""
+    directory = containerd.directory / "logs" / str(request.node.name)
+    directory.mkdir(parents=True)
+    return directory
+
+
+def logger(directory: Path, program: str) -> str:
+    """Install a logging program, and return its URI."""
+    path = directory / "logger"
+    path.write_text(program)
+    path.chmod(0o755)
+    return f"binary://{path}?directory={directory}"
+
+
+def logged_exec(container: str, uri: str, script: str, exec_id: str = "") -> list[str]:
+    """Return the arguments of an exec that is logged. With it the client refuses a directory for fifos."""
+    exec_id = exec_id or f"e-{secrets.token_hex(6)}"
+    return ["task", "exec", "--exec-id", exec_id, "--log-uri", uri, container, "sh", "-c", script]
+
+
+@contextmanager
+def ended(client: "subprocess.Popen[bytes]") -> Iterator["subprocess.Popen[bytes]"]:
+    """Have a client for the length of the block, and not longer, whatever happens."""
+    with client:
+        try:
+            yield client
+        finally:
+            client.kill()
+
+
+def read_exactly(stream: IO[bytes] | None, size: int) -> bytes:
+    assert stream is not None
+    data = stream.read(size)
+    assert len(data) == size, data[-1000:]
+    return data
+
+
+# Logs
+
+
+@pytest.mark.usefixtures("vm_runtime")
+def test_a_logging_program_is_waited_for_and_told_whom_it_logs(
+    containerd: Containerd, shared: str, logs: Path
+) -> None:
+    """Not on runc, whose shim runs no other process of the container while it waits for the program."""
+    os.mkfifo(logs / "gate")
+    uri = logger(logs, GATED_LOGGER.format(python=sys.executable))
+    script = "touch /tmp/gated; echo out; echo err >&2; exit 6"
+    client = containerd.popen(*logged_exec(shared, uri, script, exec_id="logged"))
+    wait_until((logs / "waiting").exists)
+    assert containerd.exec(shared, "test", "-e", "/tmp/gated").exit_status == 1  # it does not run yet
+    (logs / "gate").write_text("")
+    client.communicate(timeout=TIMEOUT)
+    assert client.returncode == 6
+    wait_until((logs / "done").exists)
+    assert ((logs / "stdout").read_text(), (logs / "stderr").read_text()) == ("out\n", "err\n")
+    said = f"directory {logs} CONTAINER_ID=logged CONTAINER_NAMESPACE={containerd.namespace}\n"
+    assert (logs / "done").read_text() == said
+
+
+def test_a_container_with_a_logging_program_needs_no_client(
+    containerd: Containerd, events: Recorder, logs: Path
+) -> None:
+    flags = ["--log-uri", logger(logs, SIMPLE_LOGGER)]
+    with containerd.running("sh", "-c", "echo out; echo err >&2; exit 3", flags=flags) as container:
+        events.wait_for(container, "exit")
+        assert containerd.delete_task(container) == 3
+        wait_until((logs / "done").exists)
+    assert ((logs / "stdout").read_text(), (logs / "stderr").read_text()) == ("out\n", "err\n")
+
+
+@pytest.mark.usefixtures("vm_runtime")
+def test_a_logging_program_gets_the_time_to_write_everything(
+    containerd: Containerd, shared: str, logs: Path
+) -> None:
+    """The client deletes the process at once, when the program still has a full pipe to read.
+
+    Not on runc, whose shim ends the program by a signal then.
+    """
+    script = "yes out | head -c 4194304; yes err | head -c 4194304 >&2"
+    uri = logger(logs, SIMPLE_LOGGER)
+    containerd.ctr(*logged_exec(shared, uri, script))
+    wait_until((logs / "done").exists)
+    assert ((logs / "stdout").stat().st_size, (logs / "stderr").stat().st_size) == (4 * MIB, 4 * MIB)
+
+
+@pytest.mark.usefixtures("vm_runtime")
+def test_a_logging_program_that_ends_early_does_not_end_the_process(
+    containerd: Containerd, shared: str, logs: Path
+) -> None:
+    """Not on runc, whose processes hold the program's pipe themselves."""
+    uri = logger(logs, "#!/bin/sh\nexec 5>&-\nexec /usr/bin/head -c 10 <&3\n")
+    script = "yes | head -c 4194304 && exit 7"
+    result = containerd.ctr(*logged_exec(shared, uri, script), check=False)
+    assert result.exit_status == 7, result
+
+
+def test_a_log_file_gets_both_outputs_and_is_appended_to(
+    containerd: Containerd, shared: str, logs: Path
+) -> None:
+    path = logs / "made" / "on" / "demand.log"
+    for word in ("first", "second"):
+        script = f"echo {word} out; echo {word} err >&2"
+        result = containerd.ctr(*logged_exec(shared, f"file://{path}", script))
+        assert (result.stdout, result.stderr, result.exit_status) == (b"", b"", 0)
+    lines = path.read_text().splitlines()
+    assert sorted(lines[:2]) == ["first err", "first out"]
+    assert sorted(lines[2:]) == ["second err", "second out"]
+
+
+# Clients that come and go
+
+
+@contextmanager
+def detached(containerd: Containerd, *command: str) -> Iterator[str]:
+    """Run a container with fifos that nobody holds, and with a stdin that has not ended."""
+    container = containerd.new_id()
+    arguments = containerd.run_arguments(*command, container=container, flags=["--detach"])
+    try:
+        # The client would end the container's stdin if it came to the end of its own.
+        with ended(containerd.popen(*arguments, stdin=subprocess.PIPE)) as client:
+            assert client.wait(TIMEOUT) == 0, client.communicate()
+        yield container
+    finally:
+        containerd.remove(container)
+
+
+def close_stdin(containerd: Containerd, container: str) -> None:
+    """Call CloseIO, for which the client has no command."""
+    state = containerd.directory / "state" / "io.containerd.runtime.v2.task" / containerd.namespace
+    address = (state / container / "address").read_text().removeprefix("unix://")
+    method = service(task_v2_pb2.DESCRIPTOR.services_by_name["Task"])["CloseIO"]
+
+    async def call() -> None:
+        async with trio.open_nursery() as nursery:
+            client = Client(await trio.open_unix_socket(address))
+            nursery.start_soon(client.run)
+            await client.call(method, task_v2_pb2.CloseIORequest(id=container, stdin=True))
+            nursery.cancel_scope.cancel()
+
+    trio.run(call)
+
+
+def test_stdin_survives_its_clients_and_ends_when_it_is_closed(containerd: Containerd) -> None:
+    with detached(containerd, "cat") as container:
+        for word, leave_by_end in ((b"one\n", False), (b"two\n", True)):
+            with ended(containerd.popen("task", "attach", container, stdin=subprocess.PIPE)) as client:
+                assert client.stdin is not None
+                client.stdin.write(word)
+                client.stdin.flush()
+                assert read_exactly(client.stdout, len(word)) == word
+                if leave_by_end:
+                    client.stdin.close()
+                client.kill()
+        with ended(containerd.popen("task", "attach", container, stdin=subprocess.PIPE)) as client:
+            assert client.stdin is not None
+            client.stdin.write(b"three\n")
+            client.stdin.flush()
+            assert read_exactly(client.stdout, 6) == b"three\n"
+            close_stdin(containerd, container)
+            client.stdin.write(b"four\n")  # whoever still has the fifo open may finish
+            client.stdin.close()
+            client.stdin = None
+            rest, _ = client.communicate(timeout=TIMEOUT)
+            assert (rest, client.returncode) == (b"four\n", 0)
+
+
+def test_the_output_goes_on_where_a_killed_reader_left_it(containerd: Containerd) -> None:
+    last = 1_000_000
+    container = containerd.new_id()
+    arguments = containerd.run_arguments("seq", "1", str(last), container=container)
+    try:
+        with ended(containerd.popen(*arguments)) as client:
+            assert client.stdout is not None
+            begun = client.stdout.readline()
+            client.kill()
+            begun += client.stdout.read()
+        assert containerd.task_status(container) == "RUNNING"  # it waits for a reader
+        rest, _ = containerd.popen("task", "attach", container).communicate(timeout=TIMEOUT)
+    finally:
+        containerd.remove(container)
+    numbers = [int(line) for line in rest.split(b"\n")[1:-1]]  # the first may be cut
+    assert numbers == list(range(numbers[0], last + 1))
+    # What the killed client had read and not yet written is its own affair.
+    lost = (numbers[0] - int(begun.split(b"\n")[-2])) * len(str(last))
+    assert 0 < lost <= 64 << 10
+
+
+def test_a_reader_that_stops_for_a_while_misses_nothing(containerd: Containerd, shared: str) -> None:
+    script = "head -c 33554432 /dev/urandom >/tmp/random; md5sum </tmp/random"
+    checksum = containerd.exec(shared, "sh", "-c", script).stdout.split()[0].decode()
+    script = "echo $$ >&2; exec dd if=/tmp/random bs=65536 2>/dev/null"
+    with ended(containerd.popen(*containerd.exec_arguments(shared, "sh", "-c", script))) as client:
+        assert client.stderr is not None
+        pid = client.stderr.readline().decode().strip()
+        client.send_signal(signal.SIGSTOP)
+
+        def written() -> bytes:
+            return containerd.exec(shared, "grep", "wchar", f"/proc/{pid}/io").stdout
+
+        seen = [written()]
+
+        def stands_still() -> bool:
+            seen.append(written())
+            return seen[-1] == seen[-2]
+
+        wait_until(stands_still)
+        assert 0 < int(seen[-1].split()[1]) < 32 * MIB
+        client.send_signal(signal.SIGCONT)
+        output, errors = client.communicate(timeout=TIMEOUT)
+        assert (errors, client.returncode) == (b"", 0)
+    assert hashlib.md5(output).hexdigest() == checksum
+
+
+# Much
+
+
+def test_256_mib_of_output_arrive_in_order(containerd: Containerd, shared: str) -> None:
+    script = (
+        f"head -c {MIB} /dev/urandom >/tmp/block; i=0; "
+        f"while [ $i -lt {LARGE} ]; do cat /tmp/block; echo $i; i=$((i+1)); done"
+    )
+    with ended(containerd.popen(*containerd.exec_arguments(shared, "sh", "-c", script))) as client:
+        block = read_exactly(client.stdout, MIB)
+        assert read_exactly(client.stdout, 2) == b"0\n"
+        for number in range(1, LARGE):
+            mark = b"%d\n" % number
+            assert read_exactly(client.stdout, MIB + len(mark)) == block + mark, number
+        rest, errors = client.communicate(timeout=TIMEOUT)
+        assert (rest, errors, client.returncode) == (b"", b"", 0)
+
+
+def test_256_mib_of_input_arrive_in_order(containerd: Containerd, shared: str, logs: Path) -> None:
+    block, expected = os.urandom(MIB), hashlib.md5()
+    with (logs / "input").open("wb") as file:
+        for number in range(LARGE):
+            piece = block + b"%d\n" % number
+            expected.update(piece)
+            file.write(piece)
+    with (logs / "input").open("rb") as file:
+        client = containerd.popen(*containerd.exec_arguments(shared, "md5sum"), stdin=file)
+        output, errors = client.communicate(timeout=2 * TIMEOUT)
+    (logs / "input").unlink()
+    assert (output.split()[0].decode(), errors, client.returncode) == (expected.hexdigest(), b"", 0)
+
+
+def test_sixty_processes_at_once(containerd: Containerd, shared: str) -> None:
+    def run(number: int) -> Result:
+        script = f"head -c {number * 1000} /dev/zero | tr '\\0' x; echo {number} >&2; exit {number}"
+        return containerd.exec(shared, "sh", "-c", script, timeout=2 * TIMEOUT)
+
+    with ThreadPoolExecutor(60) as pool:
+        results = list(pool.map(run, range(60)))
+    for number, result in enumerate(results):
+        ended = (len(result.stdout), result.stdout.strip(b"x"), result.stderr, result.exit_status)
+        assert ended == (number * 1000, b"", b"%d\n" % number, number)

@@ -327,9 +327,10 @@ class Pod:
         with trio.move_on_after(OUTPUT_END_WAIT):
             await task.init.io.wait_finished()
         await self._close_io(task.init)
-        self.tasks.remove(task.id)
         if last:
             await self.end_sandbox(SANDBOX_END_WAIT)
+        # Last: once a second Delete finds no task, containerd hangs up, also on the first.
+        self.tasks.remove(task.id)
 
     async def _remove_container(self, task: Task) -> None:
         try:

@@ -16,7 +16,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from agent import threads
+from agent import log, threads
 from agent.errors import RuntimeFailed
 
 if TYPE_CHECKING:
@@ -72,9 +72,13 @@ class Child:
         with self._lock:
             self.status = status
             callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback(status)
-        self._ended.set()
+        try:
+            for callback in callbacks:
+                callback(status)
+        except Exception as exc:  # or nobody would be told of this exit, or of any later one
+            log.exception("what follows an exit failed", exc, pid=self.pid)
+        finally:
+            self._ended.set()
 
 
 class Births:

@@ -10,9 +10,11 @@ import re
 import secrets
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from tests.harness.runtimes import Runtime
 # A machine that emulates its guests needs some seconds for a boot: a minute is a hang.
 TIMEOUT = 60.0
 STOP_TIMEOUT = 15.0
+DUMP_SECONDS = 1.0  # for the shims to say where they are
 
 CONFIG = """\
 version = {version}
@@ -229,6 +232,13 @@ class Containerd:
             ["ctr", *args], stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, env=self.environ
         )
 
+    def _dump_shims(self) -> None:
+        """Have our shims write into the log where they are: somebody waits for one of them in vain."""
+        for process in processes_of(self.directory):
+            if "containerd-shim-kata" in process.argv:
+                os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(DUMP_SECONDS)  # nothing tells when the last line is written
+
     def ctr(
         self, *args: str, stdin: bytes | None = None, timeout: float = TIMEOUT, check: bool = True
     ) -> Result:
@@ -243,6 +253,7 @@ class Containerd:
             stdout, stderr = client.communicate(stdin, timeout)
         except subprocess.TimeoutExpired:
             mine = "\n".join(map(str, processes_of(self.directory)))
+            self._dump_shims()
             client.kill()
             stdout, stderr = client.communicate()
             result = Result(["ctr", *args], client.returncode, stdout, stderr)

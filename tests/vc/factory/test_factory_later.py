@@ -18,7 +18,7 @@ SCRIPT = """#!/bin/sh
 exec 3>"$0.told.new"
 echo "$@" >&3
 ls -l /proc/$$/fd >&3
-ps -o pid=,sid= -p $$ >&3
+cut -d ' ' -f 1,6 /proc/$$/stat >&3
 mv "$0.told.new" "$0.told"
 read _ <"$0.go"
 """

@@ -279,7 +279,6 @@ def everything(specs: Specs) -> dict[str, Any]:
             {"names": ["mknod", "mknodat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
         ],
     }
-    spec["annotations"] = {"io.katacontainers.config.runtime.disable_guest_seccomp": "false"}
     spec["mounts"] += [
         bind("/ro", specs.volume, "rbind", "ro"),
         bind("/rw", specs.volume, "rbind", "rw", "nosuid", "noexec"),
@@ -400,7 +399,6 @@ FLAGS = [
     "--seccomp",
     "--read-only",
 ]
-FLAGS += ["--annotation", "io.katacontainers.config.runtime.disable_guest_seccomp=false"]
 FLAGS += ["--cwd", "/home", "--env", "MORE=of it", "--memory-limit", str(96 * MIB), "--cpus", "0.5"]
 FLAGS += ["--mount", "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro:nosuid"]
 FLAGS += ["--mount", "type=tmpfs,src=t,dst=/tmp,options=nosuid:size=4m", "--device", "/dev/null"]
@@ -422,7 +420,7 @@ def test_the_clients_flags_do_what_they_do_on_runc(containerd: Containerd) -> No
 def limited(containerd: Containerd) -> Iterator[str]:
     """A container with limits, which runs out of memory as soon as there is a file /go."""
     flags = ["--memory-limit", str(64 * MIB), "--cpu-quota", "20000", "--cpu-period", "100000"]
-    flags += ["--seccomp", "--annotation", "io.katacontainers.config.runtime.disable_guest_seccomp=false"]
+    flags += ["--seccomp"]
     flags += [
         "--mount",
         "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro:nosuid",

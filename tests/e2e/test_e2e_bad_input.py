@@ -209,10 +209,10 @@ REQUESTS: list[tuple[str, dict[str, Any], Code, str]] = [
     ("Start", {"id": "{id}"}, Code.FAILED_PRECONDITION, "cannot be started"),
     ("Delete", {"id": "{id}"}, Code.FAILED_PRECONDITION, "cannot be deleted"),
     ("Checkpoint", {"id": "{id}"}, Code.UNIMPLEMENTED, "not supported"),
-    ("Create", {"id": "{id}"}, Code.ALREADY_EXISTS, "{id}"),
+    ("Create", {"id": "{id}", "bundle": "{bad}"}, Code.ALREADY_EXISTS, "{id}"),
     ("Create", {"id": "../x"}, Code.INVALID_ARGUMENT, 'task id "../x"'),
     ("Create", {"id": "other"}, Code.INVALID_ARGUMENT, "bundle '' is no absolute path"),
-    ("Create", {"id": "other", "bundle": "/no/such"}, Code.INVALID_ARGUMENT, "/no/such/config.json"),
+    ("Create", {"id": "other", "bundle": "/no/such"}, Code.INVALID_ARGUMENT, "bundle '/no/such' is no directory"),
     ("Create", {"id": "other", "bundle": "{bad}"}, Code.INVALID_ARGUMENT, "config.json is not JSON"),
 ]
 

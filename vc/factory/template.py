@@ -118,8 +118,9 @@ class TemplateFactory:
         except HypervisorError as exc:
             log.warning("booting: template %s is thrown away, since no VM comes out of it: %s", key, exc)
             self._templates.discard(key)
-            # One that is made at once would hardly be better, and make every pod try and fail.
-            self._templates.note_failure(key, str(exc))
+            if not _caused_by(exc, DamagedMemory):
+                # One that is made at once would hardly be better, and make every pod try and fail.
+                self._templates.note_failure(key, str(exc))
         finally:
             os.close(memory)
         return None
@@ -159,10 +160,20 @@ def _snapshot(template: Template, memory: int, memory_bytes: int) -> Snapshot:
     )
 
 
+class DamagedMemory(OSError):
+    """The saved memory is not what was saved; one that is made anew will be good."""
+
+
 def _load(template: Template, memory: int) -> None:
     """Fill a guest's memory. Raises: OSError."""
     if load_memory(template.memory, memory) != template.manifest.memory_checksum:
-        raise OSError(errno.EIO, "it was changed since it was saved: the checksum is another one")
+        raise DamagedMemory(errno.EIO, "it was changed since it was saved: the checksum is another one")
+
+
+def _caused_by(exc: BaseException | None, kind: type[BaseException]) -> bool:
+    while exc is not None and not isinstance(exc, kind):
+        exc = exc.__cause__
+    return exc is not None
 
 
 def template_factory(config: Config) -> TemplateFactory:

@@ -212,7 +212,12 @@ REQUESTS: list[tuple[str, dict[str, Any], Code, str]] = [
     ("Create", {"id": "{id}", "bundle": "{bad}"}, Code.ALREADY_EXISTS, "{id}"),
     ("Create", {"id": "../x"}, Code.INVALID_ARGUMENT, 'task id "../x"'),
     ("Create", {"id": "other"}, Code.INVALID_ARGUMENT, "bundle '' is no absolute path"),
-    ("Create", {"id": "other", "bundle": "/no/such"}, Code.INVALID_ARGUMENT, "bundle '/no/such' is no directory"),
+    (
+        "Create",
+        {"id": "other", "bundle": "/no/such"},
+        Code.INVALID_ARGUMENT,
+        "bundle '/no/such' is no directory",
+    ),
     ("Create", {"id": "other", "bundle": "{bad}"}, Code.INVALID_ARGUMENT, "config.json is not JSON"),
 ]
 

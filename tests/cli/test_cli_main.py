@@ -199,7 +199,7 @@ def test_an_error_is_one_line_and_exit_status_1(home: Path) -> None:
     done = run("--kata-config", str(home / "nothing.toml"), "env")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        f'kata-runtime: config file "{home}/nothing.toml" (a string) of ConfigPath or --config: '
+        f'kata-runtime: config file "{home}/nothing.toml" of ConfigPath or --config: '
         "No such file or directory\n"
     )
 

@@ -59,7 +59,8 @@ ENTROPY = [
 ]
 SHARE = [
     *("-chardev", "socket,id=share0-socket,fd=13"),
-    *("-device", "vhost-user-fs-pci,id=share0,chardev=share0-socket,tag=kataShared,queue-size=1024,romfile="),
+    "-device",
+    "vhost-user-fs-pci,id=share0,chardev=share0-socket,tag=kataShared,queue-size=1024,event_idx=off,romfile=",
 ]
 PORTS = [
     part

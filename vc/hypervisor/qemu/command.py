@@ -33,6 +33,10 @@ AGENT_PORT_NAME = "agent.channel.0"  # by which the agent finds its port: Kata 1
 MEMORY = "memory"
 # Not -nographic, which would also make the firmware print its banner on our console.
 NO_DISPLAY = ("-display", "none")
+# Whether the guest may leave out kicks that virtiofsd does not want. The one in C says which it wants without
+# a barrier before it looks at the queue again (libvhost-user.c, vu_queue_pop), so one that is needed can be
+# left out, and a process that waits for a page of its program then waits for ever and cannot be killed.
+SHARE_EVENT_IDX = False
 HOTPLUG_PORTS = 6  # free places for devices that come later: a share, and a block device or network each
 
 
@@ -179,7 +183,7 @@ def _entropy(config: VMConfig, row: MachineType) -> list[str]:
 
 def _share(number: int, device: VirtioFS, descriptor: int, row: MachineType) -> list[str]:
     options = f"id=share{number},chardev=share{number}-socket,tag={escape(device.tag)}"
-    options += f",queue-size={device.queue_size}"
+    options += f",queue-size={device.queue_size},event_idx={'on' if SHARE_EVENT_IDX else 'off'}"
     return [
         "-chardev",
         f"socket,id=share{number}-socket,fd={descriptor}",

@@ -39,7 +39,7 @@ from vc.hypervisor.base import (
 from vc.hypervisor.children import Child, prefix, running
 from vc.hypervisor.console import ConsoleTail
 from vc.hypervisor.qemu import qmp
-from vc.hypervisor.qemu.command import HOTPLUG_PORTS, Vsock, Wiring, command_line
+from vc.hypervisor.qemu.command import HOTPLUG_PORTS, SHARE_EVENT_IDX, Vsock, Wiring, command_line
 from vc.hypervisor.qemu.machines import machine_type
 from vc.hypervisor.qemu.monitor import Monitor, monitoring
 from vc.unixsock import connect_nowait, listen
@@ -113,7 +113,8 @@ class QemuMachine(Machine):
                 await self._execute(qmp.getfd(chardev), descriptor=connection.fileno())
             await self._execute(qmp.chardev_add_socket(chardev, chardev))
             undo.push_async_callback(self._execute, qmp.chardev_remove(chardev))
-            properties = {"chardev": chardev, "tag": device.tag, "queue-size": device.queue_size}
+            properties: dict[str, object] = {"chardev": chardev, "tag": device.tag}
+            properties |= {"queue-size": device.queue_size, "event_idx": SHARE_EVENT_IDX}
             await self._execute(qmp.device_add("vhost-user-fs-pci", f"hot{port}", f"port{port}", properties))
             undo.pop_all()
         self._ports[device] = port

@@ -170,10 +170,13 @@ def test_the_runtime_options_name_the_configuration(
 ) -> None:
     config = containerd.directory / "other.toml"
     text = (containerd.directory / "configuration.toml").read_text()
-    config.write_text(re.sub(r"(?m)^default_vcpus *=.*$", "default_vcpus = 2", text))
+    config.write_text(re.sub(r"(?m)^default_memory *=.*$", "default_memory = 768", text))
     with no_leaks():
         flags = ["--runtime-config-path", str(config)]
-        assert containerd.run("nproc", flags=flags).stdout == b"2\n"
+        told = containerd.run("cat", "/proc/meminfo", flags=flags)
+        total = re.search(rb"MemTotal: *([0-9]+) kB", told.stdout)
+        assert total is not None, told
+        assert 600 << 10 < int(total[1]) < 768 << 10
         missing = containerd.directory / "no-such.toml"
         refused = containerd.run("true", flags=["--runtime-config-path", str(missing)])
         assert refused.exit_status != 0

@@ -109,7 +109,7 @@ def parse_address(text: str) -> tuple[int, bytes]:
     family = netlink.AF_INET6 if ":" in text else netlink.AF_INET
     try:
         return family, _socket.inet_pton(family, text)
-    except OSError:
+    except (OSError, ValueError):  # a NUL in it
         raise InvalidArgument(f'"{text}" is no IP address') from None
 
 
@@ -126,7 +126,8 @@ def parse_network(text: str, family: int) -> tuple[bytes, int]:
 
 
 def _prefix(text: str, value: bytes) -> int:
-    if not text.isdigit() or int(text) > len(value) * 8:
+    # Other alphabets' digits, and more of them than int() takes, are no number here.
+    if not (text.isascii() and text.isdigit()) or len(text) > 3 or int(text) > len(value) * 8:
         raise InvalidArgument(f'"{text}" is no prefix length of an address of {len(value)} bytes')
     return int(text)
 

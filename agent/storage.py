@@ -24,6 +24,7 @@ SETGID = 0o2000
 GROUP_RW, GROUP_RO, GROUP_SEARCH = 0o660, 0o440, 0o110  # what Kubernetes' fsGroup adds to modes
 ON_ROOT_MISMATCH = 1  # types.FSGroupChangePolicy.OnRootMismatch
 HUGE_PAGES = "/sys/kernel/mm/hugepages"
+MAX_ID_DIGITS = 10  # of a group's number: they have 32 bits
 
 
 class Storages:
@@ -89,7 +90,7 @@ def split_group(options: Iterable[str]) -> tuple[int | None, list[str]]:
         name, _, value = option.partition("=")
         if name != "fsgid":
             rest.append(option)
-        elif value.isdigit():
+        elif value.isascii() and value.isdigit() and len(value) <= MAX_ID_DIGITS:
             group = int(value)
         else:
             raise InvalidArgument(f'storage option "{option}": the group is no number')
@@ -201,10 +202,15 @@ def _give_to_group(path: str, group: int) -> None:
     os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | SETGID)
 
 
+def _is_size(text: str | None) -> bool:
+    """Tell whether it is a number of bytes that the kernel could take."""
+    return text is not None and text.isascii() and text.isdigit() and len(text) < 20
+
+
 def _reserve_huge_pages(options: Iterable[str]) -> None:
     """Have the kernel set pages aside: "pagesize" and "size" of a hugetlbfs are bytes."""
     page, size = find_option(options, "pagesize"), find_option(options, "size")
-    if page is None or size is None or not page.isdigit() or not size.isdigit() or not int(page):
+    if not _is_size(page) or not _is_size(size) or page is None or size is None or not int(page):
         raise InvalidArgument("huge pages need the options pagesize and size, in bytes")
     path = f"{HUGE_PAGES}/hugepages-{int(page) // 1024}kB/nr_hugepages"
     wanted = -(-int(size) // int(page))

@@ -87,7 +87,10 @@ def parse_target(uri: str) -> Target:
     if not scheme:
         path, query = uri, ""
     else:
-        parts = urlsplit(uri)
+        try:
+            parts = urlsplit(uri)
+        except ValueError as exc:  # brackets, where a host would stand
+            raise InvalidArgument(f"stdio {uri!r} cannot be read: {exc}") from None
         path, query = unquote(parts.path), parts.query
     if not path.startswith("/") or "\0" in path:
         raise InvalidArgument(f"stdio {uri!r}: {path!r} is no absolute path")

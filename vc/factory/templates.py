@@ -80,8 +80,13 @@ def parse_manifest(data: bytes) -> Manifest:
                 raise BrokenTemplate(f"its manifest says {name} = {value!r}")
         if type(manifest.made_at) is not float or type(manifest.key) is not str:
             raise BrokenTemplate("its manifest has no key or no time")
+        for checksum in (manifest.memory_checksum, manifest.state_checksum):
+            if type(checksum) is not int:
+                raise BrokenTemplate(f"its manifest has the checksum {checksum!r}")
+        if type(manifest.facts) is not dict:
+            raise BrokenTemplate("its manifest has no facts")
         base64.b64decode(manifest.details, validate=True)
-    except (ValueError, TypeError) as exc:
+    except (ValueError, TypeError, RecursionError) as exc:
         raise BrokenTemplate(f"its manifest cannot be read: {exc}") from exc
     return manifest
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from types import UnionType
 
 from vc.errors import VCError
 
@@ -50,12 +51,19 @@ def parse_record(data: bytes) -> SandboxRecord:
         if fields.get("version") != VERSION:
             raise BrokenRecord(f"the sandbox record has version {fields.get('version')!r}, this is {VERSION}")
         record = SandboxRecord(**fields)
-    except (ValueError, TypeError) as exc:
+    except (ValueError, TypeError, RecursionError) as exc:
         raise BrokenRecord(f"the sandbox record cannot be read: {exc}") from exc
-    kinds = {"id": str, "vmid": str, "owner_pid": int, "owner_start_ticks": int, "config_path": str}
+    kinds: dict[str, type | UnionType] = {
+        "id": str,
+        "vmid": str,
+        "owner_pid": int,
+        "owner_start_ticks": int,
+        "config_path": str,
+        "created_at": int | float,
+    }
     for name, kind in kinds.items():
         if not isinstance(getattr(record, name), kind):
             raise BrokenRecord(
-                f"the sandbox record's {name} is {getattr(record, name)!r}, not a {kind.__name__}"
+                f"the sandbox record's {name} is {getattr(record, name)!r}, not of type {kind}"
             )
     return record

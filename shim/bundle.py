@@ -9,7 +9,7 @@
 import os
 
 MAX_CONFIG = 16 << 20  # bytes; the largest config.json seen in the field has some hundred kilobytes
-SANDBOX, CONTAINER = "sandbox", "container"
+SANDBOX, CONTAINER, MEMBER = "sandbox", "container", "member"
 
 # Which annotations say what a container is in its pod: (type, sandbox id), by who writes them.
 POD_ANNOTATIONS = (
@@ -17,6 +17,8 @@ POD_ANNOTATIONS = (
     ("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"),  # CRI-O
     ("io.kubernetes.docker.type", "io.kubernetes.sandbox.id"),  # dockershim
 )
+# Containers with the same value share a shim, whichever comes first: containerd's shim for runc.
+GROUP_KEY = "io.containerd.runc.v2.group"
 TYPES = {"sandbox": SANDBOX, "podsandbox": SANDBOX, "container": CONTAINER}
 
 # Files of ours in the bundle; containerd removes them with it.
@@ -30,7 +32,10 @@ class BundleError(Exception):
 
 
 class Group:
-    """What a container is in its pod. A stand-alone container is the sandbox of itself."""
+    """What a container is in its pod. A stand-alone container is the sandbox of itself.
+
+    Members of a group are equals: the first to come makes the sandbox, the last to go ends it.
+    """
 
     __slots__ = ("kind", "sandbox_id")
 
@@ -43,7 +48,7 @@ def group_of(annotations: "dict[str, str]", container_id: str) -> Group:
     """Say to which sandbox a container with these annotations belongs.
 
     Raises:
-        BundleError: the type is unknown, or a pod's container does not say which pod.
+        BundleError: the type is unknown, or a container does not say properly to which others it belongs.
     """
     for type_key, id_key in POD_ANNOTATIONS:
         if type_key not in annotations:
@@ -60,6 +65,11 @@ def group_of(annotations: "dict[str, str]", container_id: str) -> Group:
                 f"container {container_id!r} is of type {value!r}, but {id_key} is {sandbox_id!r}"
             )
         return Group(CONTAINER, sandbox_id)
+    if GROUP_KEY in annotations:
+        name = annotations[GROUP_KEY]
+        if not name or "/" in name:
+            raise BundleError(f"container {container_id!r}: {GROUP_KEY} is {name!r}, which names no group")
+        return Group(MEMBER, name)
     return Group(SANDBOX, container_id)
 
 
@@ -77,7 +87,8 @@ def read_group(bundle: str, container_id: str) -> Group:
         return Group(SANDBOX, container_id)
     except OSError as exc:
         raise BundleError(f"cannot read {path}: {exc.strerror}") from exc
-    if not any(type_key.encode() in data for type_key, _ in POD_ANNOTATIONS):
+    keys = (GROUP_KEY, *(type_key for type_key, _ in POD_ANNOTATIONS))
+    if not any(key.encode() in data for key in keys):
         return Group(SANDBOX, container_id)
     return group_of(annotations_of(parse_config(data, path), path), container_id)
 

@@ -1,12 +1,13 @@
 """`delete`: containerd's second line of clean-up, after each normal deletion as well as after a crash.
 
 So it nearly always finds nothing and says so quickly; every step takes "already gone" for success. It works
-with the host's records alone, never with the guest. For a container of a pod it must not touch the pod. The
-answer on standard output is a DeleteResponse: an empty one would mean exit status 0.
+with the host's records alone, never with the guest. For a container of a pod it must not touch the pod, nor
+a group's sandbox while the group has other members. The answer on standard output is a DeleteResponse: an
+empty one would mean exit status 0.
 """
 
 # pathlib costs 9 ms, and this runs after every container
-# ruff: noqa: PTH109, PTH112
+# ruff: noqa: PTH109, PTH112, PTH208
 
 import os
 import select
@@ -25,21 +26,35 @@ def main(args: Args) -> int:
     """Clean up and print the answer."""
     directory = args.bundle or os.getcwd()
     pid = bundle.read_pid(directory, bundle.INIT_PID)
-    if _owns_sandbox(directory, args.id):
+    sandbox = _ending_sandbox(directory, args.id)
+    if sandbox:
         _end_server(directory, args)
-        _clean_sandbox(directory, f"{args.namespace}--{args.id}")
+        _clean_sandbox(directory, f"{args.namespace}--{sandbox}")
         _remove_socket(directory)
     _unmount(f"{directory}/rootfs")
     os.write(1, _answer(pid))
     return 0
 
 
-def _owns_sandbox(directory: str, task_id: str) -> bool:
-    """Say whether this task's end is the sandbox's; only such a bundle ever got a serving process."""
+def _ending_sandbox(directory: str, task_id: str) -> str:
+    """Return the id of the sandbox that ends with this task, empty if none does."""
     try:
-        return bundle.read_group(directory, task_id).kind == bundle.SANDBOX
-    except bundle.BundleError:
-        return bundle.read_pid(directory, bundle.SHIM_PID) != 0
+        group = bundle.read_group(directory, task_id)
+    except bundle.BundleError:  # only the bundle of a sandbox ever got a serving process
+        return task_id if bundle.read_pid(directory, bundle.SHIM_PID) else ""
+    if group.kind == bundle.CONTAINER or (group.kind == bundle.MEMBER and _has_living_company(directory)):
+        return ""
+    return group.sandbox_id
+
+
+def _has_living_company(directory: str) -> bool:
+    """Say whether this task's server lives and serves others. Each has the server's address in its bundle."""
+    path = bundle.read_file(directory, "address")
+    if not path or not address.answers(path.removeprefix(address.SCHEME)):
+        return False
+    parent, own = os.path.split(os.path.normpath(directory))
+    others = (name for name in os.listdir(parent) if name != own and not name.startswith("."))
+    return any(bundle.read_file(f"{parent}/{name}", "address") == path for name in others)
 
 
 def _end_server(directory: str, args: Args) -> None:

@@ -83,9 +83,11 @@ class Pod:
         self._exits = Exits(nursery, announcer, self.tasks)
         self._sandbox: Sandbox | None = None
         self._sandbox_id = ""
+        self._run_dir = ""  # the sandbox's
         self._end_sandbox = trio.Event()
         self._sandbox_ended = trio.Event()
         self._sandbox_ended.set()
+        self._opening = trio.Lock()  # whoever needs a sandbox waits for one that is being opened
 
     # Create
 
@@ -112,53 +114,61 @@ class Pod:
             except BaseException:
                 await self._abandon(io)
                 raise
-            return self._add(request, container, io, owns=identity.role is not oci.Role.CONTAINER)
+            owns = identity.role in (oci.Role.SINGLE, oci.Role.SANDBOX)
+            return self._add(request, container, io, owns=owns)
         finally:
             self.tasks.release(request.id)
+            if not self.tasks.in_use:
+                await self.end_sandbox(SANDBOX_END_WAIT)
 
     async def _create_container(
         self, request: CreateRequest, spec: Mapping[str, Any], identity: oci.Identity, plan: stdio_uri.Plan
     ) -> Container:
-        sandbox, opened = await self._sandbox_for(request, spec, identity)
+        async with self._opening:
+            sandbox = await self._sandbox_for(request, spec, identity)
         # containerd's mounts go onto rootfs; without any, the root is there already, wherever it is.
         root = "rootfs" if request.rootfs else oci.root(spec)[0]
-        try:
-            container = await sandbox.create_container(
-                request.id,
-                spec,
-                rootfs_mounts=request.rootfs,
-                rootfs=Path(request.bundle, root),
-                stdio=plan.request,
-            )
-            bundle.write_file(request.bundle, bundle.INIT_PID, str(sandbox.pid))
-        except BaseException:
-            if opened:
-                await self.end_sandbox(SANDBOX_END_WAIT)
-            raise
+        container = await sandbox.create_container(
+            request.id,
+            spec,
+            rootfs_mounts=request.rootfs,
+            rootfs=Path(request.bundle, root),
+            stdio=plan.request,
+        )
+        bundle.write_file(request.bundle, bundle.INIT_PID, str(sandbox.pid))
         return container
 
     async def _sandbox_for(
         self, request: CreateRequest, spec: Mapping[str, Any], identity: oci.Identity
-    ) -> tuple[Sandbox, bool]:
-        """Return the sandbox that the container belongs to, and whether it was opened for it."""
+    ) -> Sandbox:
+        """Return the sandbox that the container belongs to; a new one for a pod, and for a group's first."""
+        here = identity.sandbox_id == self._sandbox_id
+        running = self._sandbox if here and not self._end_sandbox.is_set() else None
         if identity.role is oci.Role.CONTAINER:
-            if self._sandbox is None or identity.sandbox_id != self._sandbox_id:
+            if running is None:
                 raise NotFound(
                     f"sandbox {identity.sandbox_id!r} of container {request.id!r} does not run here"
                 )
-            return self._sandbox, False
+            return running
+        if identity.role is oci.Role.MEMBER and here:
+            if running is not None:
+                # Any member's `delete` may be the one that cleans up.
+                bundle.write_file(request.bundle, bundle.RUN_DIR, self._run_dir)
+                return running
+            await self._sandbox_ended.wait()  # that of members who have left
         if not self._sandbox_ended.is_set():
             raise AlreadyExists(
                 f"this shim runs sandbox {self._sandbox_id!r}, so {request.id!r} cannot be another"
             )
         config = self._load_config(request.config_path)
-        wanted = sandbox_spec(f"{self._namespace}--{request.id}", spec, config)
+        wanted = sandbox_spec(f"{self._namespace}--{identity.sandbox_id}", spec, config)
         # Before there is anything that a `delete` after our death would have to find.
-        bundle.write_file(request.bundle, bundle.RUN_DIR, str(config.runtime.run_dir))
-        self._sandbox_id = request.id
+        self._run_dir = str(config.runtime.run_dir)
+        bundle.write_file(request.bundle, bundle.RUN_DIR, self._run_dir)
+        self._sandbox_id = identity.sandbox_id
         self._end_sandbox, self._sandbox_ended = trio.Event(), trio.Event()
         sandbox: Sandbox = await self._nursery.start(self._run_sandbox, wanted, config)
-        return sandbox, True
+        return sandbox
 
     def _add(self, request: CreateRequest, container: Container, io: ProcessIO, *, owns: bool) -> Task:
         pid = self._sandbox.pid if self._sandbox is not None else 0
@@ -321,13 +331,14 @@ class Pod:
         for record in list(task.execs.values()):
             record.end(KILLED_STATUS, time.time())
             await self._close_io(record)
-        last = task.owns_sandbox or len(self.tasks) == 1
+        last = task.owns_sandbox or not self.tasks.in_use_beside(task.id)
         if not last:  # else the VM goes, and the container with it
             await self._remove_container(task)
         with trio.move_on_after(OUTPUT_END_WAIT):
             await task.init.io.wait_finished()
         await self._close_io(task.init)
-        if last:
+        # Of a group's last two, which leave together, each saw the other until now.
+        if last or not self.tasks.in_use_beside(task.id):
             await self.end_sandbox(SANDBOX_END_WAIT)
         # Last: once a second Delete finds no task, containerd hangs up, also on the first.
         self.tasks.remove(task.id)

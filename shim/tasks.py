@@ -175,6 +175,15 @@ class Tasks:
         return len(self._tasks)
 
     @property
+    def in_use(self) -> bool:
+        """Whether there is a task, or will be if a Create that is under way succeeds."""
+        return bool(self._tasks or self._creating)
+
+    def in_use_beside(self, task_id: str) -> bool:
+        """Whether there is or will be another task than this one."""
+        return bool((self._tasks.keys() | self._creating) - {task_id})
+
+    @property
     def creating(self) -> bool:
         """Whether a Create is under way."""
         return bool(self._creating)

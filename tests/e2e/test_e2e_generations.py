@@ -29,6 +29,10 @@ from tests.e2e.test_e2e_exec import (  # noqa: F401
     test_an_exec_id_that_is_in_use_is_refused,
     test_events_of_an_exec_lie_between_those_of_its_container,
 )
+from tests.e2e.test_e2e_groups import (  # noqa: F401
+    group,
+    test_the_containers_of_a_group_share_one_shim_and_one_machine,
+)
 from tests.e2e.test_e2e_run import (  # noqa: F401
     test_a_killed_container_has_the_exit_status_of_the_signal,
     test_a_program_that_does_not_exist_is_an_error_and_leaves_nothing,

@@ -32,6 +32,7 @@ class Role(Enum):
     SINGLE = "single"  # no pod: sandbox and workload in one
     SANDBOX = "sandbox"  # the pod's first container, whose id is the sandbox's
     CONTAINER = "container"  # a later container of a pod
+    MEMBER = "member"  # one of equals: the first to come makes the sandbox, the last to go ends it
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ DIALECTS: Final = (
     Dialect("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID", "sandbox"),
     Dialect("io.kubernetes.docker.type", "io.kubernetes.sandbox.id", "podsandbox"),
 )
+GROUP_KEY: Final = "io.containerd.runc.v2.group"  # containerd cmd/containerd-shim-runc-v2/manager
 
 
 def read_spec(bundle: Path) -> dict[str, Any]:
@@ -135,6 +137,8 @@ def identify(notes: Mapping[str, str], container_id: str) -> Identity:
             f"annotation {dialect.type_key}: got {describe(kind)}, "
             f'must be "{dialect.sandbox_value}" or "{dialect.container_value}"'
         )
+    if GROUP_KEY in notes:
+        return Identity(Role.MEMBER, check_id(notes[GROUP_KEY], f"annotation {GROUP_KEY}"))
     return Identity(Role.SINGLE, container_id)
 
 

@@ -1,0 +1,92 @@
+"""Containers that say they belong together share one shim and one machine, whoever comes and goes first."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import NoLeaks
+from tests.e2e.test_e2e_crashes import forget_fifos, shim_of
+from tests.harness.containerd import Containerd
+from tests.harness.events import Recorder
+from tests.harness.processes import kill
+
+# containerd: cmd/containerd-shim-runc-v2/manager
+GROUP_KEY = "io.containerd.runc.v2.group"
+
+
+class Group:
+    """Containers of one group."""
+
+    def __init__(self, containerd: Containerd) -> None:
+        self.containerd = containerd
+        self.name = containerd.new_id("group")  # the shim's socket has this name
+        self.members: list[str] = []
+
+    def add(self) -> str:
+        member = self.containerd.new_id("member")
+        self.members.append(member)
+        script = "trap 'exit 143' TERM; while :; do sleep 1000 & wait $!; done"
+        flags = ["--detach", "--annotation", f"{GROUP_KEY}={self.name}"]
+        self.containerd.ctr(*self.containerd.run_arguments("sh", "-c", script, container=member, flags=flags))
+        return member
+
+    def machine_of(self, member: str) -> bytes:
+        return self.containerd.exec(member, "cat", "/proc/sys/kernel/random/boot_id").stdout
+
+    def remove(self) -> None:
+        for member in self.members:
+            self.containerd.remove(member)
+
+
+@pytest.fixture
+def group(containerd: Containerd, no_leaks: NoLeaks) -> Iterator[Group]:
+    with no_leaks():
+        group = Group(containerd)
+        try:
+            yield group
+        finally:
+            group.remove()
+
+
+def shims_of(containerd: Containerd, containers: list[str]) -> set[str]:
+    state = containerd.directory / "state" / "io.containerd.runtime.v2.task" / containerd.namespace
+    return {Path(state, container, "address").read_text() for container in containers}
+
+
+def test_the_containers_of_a_group_share_one_shim_and_one_machine(
+    containerd: Containerd, events: Recorder, group: Group
+) -> None:
+    first, second = group.add(), group.add()
+    assert len(shims_of(containerd, [first, second])) == 1
+    machine = group.machine_of(first)
+    assert group.machine_of(second) == machine
+    if containerd.runtime.is_vm:
+        assert containerd.task_pid(first) == containerd.task_pid(second)
+    # Who made the machine goes first; the others stay, and another comes.
+    containerd.ctr("task", "kill", "--signal", "SIGTERM", first)
+    events.wait_for(first, "exit", process=first)
+    assert containerd.delete_task(first) == 143
+    third = group.add()
+    assert [group.machine_of(member) for member in (second, third)] == [machine, machine]
+    for member in (second, third):
+        assert containerd.delete_task(member, "--force") == 137
+    for member in (first, second, third):
+        events.wait_for(member, "delete")
+        topics = [event.topic for event in events.of(member) if event.body.get("id", member) == member]
+        topics = [topic.removeprefix("/tasks/") for topic in topics if "exec" not in topic]
+        assert topics == ["create", "start", "exit", "delete"]
+
+
+@pytest.mark.usefixtures("vm_runtime")
+def test_the_shim_of_a_group_that_is_killed_takes_all_its_containers_with_it(
+    containerd: Containerd, events: Recorder, group: Group
+) -> None:
+    """Not on runc, whose containers outlive their shim."""
+    members = [group.add(), group.add()]
+    kill(shim_of(containerd, members[0]))
+    for member in members:
+        told = events.wait_for(member, "delete")
+        assert [event.exit_status for event in told[-2:]] == [137, 137]
+        assert containerd.task_status(member) is None
+    forget_fifos(containerd)

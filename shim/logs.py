@@ -29,8 +29,22 @@ def format_line(level: str, message: str, fields: Mapping[str, object], *, at: f
     words += [f"{key}={_value(str(value))}" for key, value in fields.items()]
     line = " ".join(words).encode(errors="backslashreplace")
     if len(line) >= MAX_LINE:
-        line = line[: MAX_LINE - 5].decode(errors="ignore").encode().rstrip(b'\\"') + b'..."'
+        line = _cut(line, MAX_LINE - 5)  # room for three dots, a quote and the newline
     return line + b"\n"
+
+
+def _cut(line: bytes, size: int) -> bytes:
+    """Return the first bytes of a line with a mark that there were more; a quote that is open is closed."""
+    line = line[:size].decode(errors="ignore").encode()
+    quoted = escaped = False
+    for char in line.decode():
+        if escaped or char == "\\":
+            escaped = not escaped
+        elif char == '"':
+            quoted = not quoted
+    if escaped:
+        line = line[:-1]
+    return line + (b'..."' if quoted else b"...")
 
 
 def _value(text: str) -> str:
@@ -40,7 +54,11 @@ def _value(text: str) -> str:
 def _quote(text: str) -> str:
     """Quote as Go's strconv.Quote does, for what matters to a reader of lines."""
     named = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-    return '"' + "".join(named.get(c) or (c if c.isprintable() else f"\\u{ord(c):04x}") for c in text) + '"'
+    return '"' + "".join(named.get(c) or (c if c.isprintable() else _escape(ord(c))) for c in text) + '"'
+
+
+def _escape(code: int) -> str:
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
 
 
 class FifoHandler(logging.Handler):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from google.protobuf.any_pb2 import Any
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from protos.containerd import cgroups_v1_pb2, cgroups_v2_pb2, task_types_pb2
@@ -38,6 +38,8 @@ def test_a_log_line_is_one_line_whatever_is_said() -> None:
 
 
 @given(st.text(), st.integers(0, 9000))
+@example("\U00100000", 403)  # the cut falls on the opening quote of the second field
+@example("\\", 2013)  # and between the two characters of an escape
 def test_a_log_line_fits_into_a_pipe_at_once_and_its_quotes_are_closed(text: str, times: int) -> None:
     line = logs.format_line("info", text * times, {"id": text}, at=AT)
     assert len(line) <= logs.MAX_LINE

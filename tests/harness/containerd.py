@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from tests.harness.evidence import threads_below
 from tests.harness.image import IMAGE, build_image
 from tests.harness.processes import MARK, kill, processes_of
 from tests.harness.runtimes import Runtime
@@ -30,6 +31,7 @@ from tests.harness.runtimes import Runtime
 TIMEOUT = 60.0
 STOP_TIMEOUT = 15.0
 DUMP_SECONDS = 1.0  # for the shims to say where they are
+STATUS_INTERVAL = 0.05  # seconds
 
 CONFIG = """\
 version = {version}
@@ -188,11 +190,14 @@ class Containerd:
             os.close(dead)
         raise HarnessError(f"containerd ended at once:\n{self.log_since(0)}")
 
-    def stop_daemon(self) -> None:
+    def stop_daemon(self, *, kill: bool = False) -> None:
         """End the daemon alone: shims and their containers live on."""
         if self._daemon is None:
             return
-        self._daemon.terminate()
+        if kill:
+            self._daemon.kill()
+        else:
+            self._daemon.terminate()
         try:
             self._daemon.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -232,7 +237,7 @@ class Containerd:
             ["ctr", *args], stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, env=self.environ
         )
 
-    def _dump_shims(self) -> None:
+    def dump_shims(self) -> None:
         """Have our shims write into the log where they are: somebody waits for one of them in vain."""
         for process in processes_of(self.directory):
             if "containerd-shim-kata" in process.argv:
@@ -252,8 +257,8 @@ class Containerd:
         try:
             stdout, stderr = client.communicate(stdin, timeout)
         except subprocess.TimeoutExpired:
-            mine = "\n".join(map(str, processes_of(self.directory)))
-            self._dump_shims()
+            mine = threads_below(self.directory)
+            self.dump_shims()
             client.kill()
             stdout, stderr = client.communicate()
             result = Result(["ctr", *args], client.returncode, stdout, stderr)
@@ -263,6 +268,14 @@ class Containerd:
         result = Result(["ctr", *args], client.returncode, stdout, stderr)
         if check and result.exit_status != 0:
             raise HarnessError(f"{result}\n{self.log_since(0, 3000)}")
+        return result
+
+    def program(self, *argv: str, timeout: float = TIMEOUT) -> Result:
+        """Run another program than the client, in the daemon's environment. Raises: HarnessError."""
+        done = subprocess.run(argv, env=self.environ, capture_output=True, timeout=timeout, check=False)
+        result = Result(argv, done.returncode, done.stdout, done.stderr)
+        if result.exit_status != 0:
+            raise HarnessError(str(result))
         return result
 
     def new_id(self, prefix: str = "c") -> str:
@@ -325,6 +338,24 @@ class Containerd:
             if name == container:
                 return status
         return None
+
+    def wait_status(self, container: str, *wanted: str | None) -> str | None:
+        """Wait until the task has one of these states, for which nothing but events tells; return it.
+
+        Raises:
+            HarnessError: it has another one for TIMEOUT; the log holds what the shims did then.
+
+        """
+        deadline = time.monotonic() + TIMEOUT
+        while (status := self.task_status(container)) not in wanted:
+            if time.monotonic() > deadline:
+                self.dump_shims()
+                raise HarnessError(
+                    f"{container} is {status} and not one of {wanted} after {TIMEOUT} s:\n"
+                    f"{threads_below(self.directory)}\n{self.log_since(0, 6000)}"
+                )
+            time.sleep(STATUS_INTERVAL)
+        return status
 
     def task_pid(self, container: str) -> int:
         for line in self.ctr("task", "ls").stdout.decode().splitlines()[1:]:

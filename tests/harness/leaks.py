@@ -6,7 +6,7 @@ Each thing is one line of text, so that a difference reads as a list of what is 
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,14 +39,16 @@ def snapshot(containerd: Containerd) -> frozenset[str]:
     )
 
 
-def left_over(containerd: Containerd, before: frozenset[str]) -> list[str]:
-    """Return what is there beyond `before`, after giving it time to go away.
+def left_over(
+    containerd: Containerd, before: frozenset[str], *, but: Callable[[str], bool] = lambda _: False
+) -> list[str]:
+    """Return what is there beyond `before`, except `but`, after giving it time to go away.
 
     A client's command ends before the shim has, and nothing tells when all of it is gone: look repeatedly.
     """
     deadline = time.monotonic() + SETTLE
     while True:
-        left = sorted(snapshot(containerd) - before)
+        left = sorted(line for line in snapshot(containerd) - before if not but(line))
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(INTERVAL)

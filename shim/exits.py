@@ -130,6 +130,12 @@ class Exits:
         if "oom_kill" not in _memory_counters(task):  # no guest of ours: its word is all there is
             self._tell_oom_kills(task, task.oom_kills + 1)
 
+    def host_memory_ran_out(self) -> None:
+        """The VM was killed for want of memory on the host: whatever ran in it was."""
+        for task in self._tasks:
+            if task.init.state in (State.RUNNING, State.PAUSED):
+                self._tell_oom_kills(task, task.oom_kills + 1)
+
     async def _read_stats(self, task: Task) -> None:
         """Read the counters, and tell if they say that something was killed for want of memory.
 

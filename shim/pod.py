@@ -213,6 +213,8 @@ class Pod:
     async def _watch_vm(self, sandbox: Sandbox) -> None:
         gone = await sandbox.wait_gone()
         log.error("sandbox %s: %s", sandbox.id, gone)
+        if sandbox.host_out_of_memory:
+            self._exits.host_memory_ran_out()
         self._exits.sandbox_over(str(gone))
 
     async def _watch_memory(self, sandbox: Sandbox) -> None:

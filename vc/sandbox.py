@@ -105,6 +105,11 @@ class Sandbox:
         """The VMM's process id on the host; it lives in the pod's network namespace."""
         return self._vm.machine.pid
 
+    @property
+    def host_out_of_memory(self) -> bool:
+        """Whether the VM is gone because the host had no memory for it."""
+        return self._vm.machine.out_of_memory
+
     async def wait_gone(self) -> GuestGone:
         """Block until the VM died; return why."""
         return await self._vm.wait_gone()

@@ -93,6 +93,7 @@ class Machine(ABC):
     console: ConsoleTail  # what the guest printed
     messages: ConsoleTail  # what the VMM printed
     capabilities: Capabilities
+    out_of_memory: bool = False  # the VMM is dead because the host had no memory for it
     paused: bool = False  # by `pause`; true from before the first vCPU stops until after the last one runs
 
     @abstractmethod

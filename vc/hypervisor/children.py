@@ -20,6 +20,7 @@ import trio
 
 from vc.background import background
 from vc.errors import HypervisorError
+from vc.hypervisor import oom
 from vc.hypervisor.console import ConsoleTail
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,10 @@ class Child:
         self.stderr = ConsoleTail(on_line=lambda line: log.debug("%s: %s", name, line))
         self._process = process
         self.scope = trio.CancelScope(shield=True)  # of `attend`
+        self.out_of_memory = False  # it was killed by the host's OOM killer
         self._pidfd = pidfd
+        self._ours = False  # we killed it
+        self._oom = oom.Watch()
         self._stderr_ended = trio.Event()
         self._dead = trio.Event()
         self._cause = ""
@@ -92,7 +96,12 @@ class Child:
     def kill_nowait(self) -> None:
         """Send SIGKILL, unless it is dead already."""
         if self._process.returncode is None:
+            self._ours = True
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Give back what only the watch of its death needs."""
+        self._oom.close()
 
     async def attend(self, stderr: int) -> None:
         """Read the process's stderr and reap it. Ends when it is dead, and not before: see `running`."""
@@ -111,6 +120,9 @@ class Child:
         with trio.move_on_after(LAST_WORDS_GRACE):
             await self._stderr_ended.wait()
         self._cause = describe_exit(self.name, self.pid, status)
+        if status == -signal.SIGKILL and not self._ours:
+            self.out_of_memory, why = await self._oom.explain(self.pid)
+            self._cause += f"; {why}" if why else ""
         if last_words := self.stderr.last(STDERR_LINES):
             self._cause += f": {last_words}"
         self._dead.set()
@@ -154,6 +166,7 @@ async def running(argv: Sequence[str], *, name: str, pass_fds: Sequence[int] = (
                 child.scope.deadline = trio.current_time() + KILL_GRACE
     finally:
         os.close(pidfd)
+        child.close()
         if process.returncode is None:
             log.error("%s (pid %d) does not die of SIGKILL; it is left behind", name, process.pid)
             process.returncode = -signal.SIGKILL  # nothing more can be done, and Popen would complain

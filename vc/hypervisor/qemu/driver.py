@@ -187,6 +187,7 @@ class QemuMachine(Machine):
         if self._shutdown is not None:
             cause += f"; {qmp.describe_shutdown(self._shutdown)}"
         monitor.fail(cause)
+        self.out_of_memory = self._child.out_of_memory
         self._cause = cause
         self._dead.set()
 

@@ -4,8 +4,8 @@
       tasks of the pod            sandbox, stdio copies, exit watches
         RPC server, signals, idle watch
 
-It ends when Shutdown finds no task, at SIGTERM or SIGINT, or when nobody has wanted anything of it for a
-while. That containerd goes away ends nothing: it comes back and finds the pods as they were.
+It ends when Shutdown finds no task, at SIGTERM or SIGINT, or when nobody can want anything of it any more.
+That containerd goes away ends nothing: it comes back and finds the pods as they were.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import trio
 
@@ -36,13 +37,17 @@ log = logging.getLogger(__name__)
 
 EVENTS_LIMIT = 2.5  # seconds for the last events
 END_LIMIT = 10.0  # seconds for the sandbox's end at a signal
+BUNDLE_INTERVAL = 1.0  # seconds
 IDLE_LIMIT = (
     300.0  # seconds without task and connection: whoever started us has gone before it made use of us
 )
 
 
-def main(args: Args, *, path: str, listener: int, events: str, notes: Sequence[str]) -> int:
-    """Serve until the end. Descriptor 2 is containerd's log by now; `path` is the listening socket's."""
+def main(args: Args, *, path: str, bundle: str, listener: int, events: str, notes: Sequence[str]) -> int:
+    """Serve until the end. Descriptor 2 is containerd's log by now; `path` is the listening socket's.
+
+    `bundle` is the directory in which `start` was run: containerd's for the task that we are there for.
+    """
     logs.install(
         2, {"runtime": "io.containerd.kata.v2", "id": args.id, "namespace": args.namespace}, debug=args.debug
     )
@@ -50,7 +55,7 @@ def main(args: Args, *, path: str, listener: int, events: str, notes: Sequence[s
     for note in notes:
         log.warning("%s", note)
     try:
-        trio.run(serve, args, path, listener, events)
+        trio.run(serve, args, path, bundle, listener, events)
     except BaseException:
         log.exception("the shim of %s ends by an error", args.id)
         return 1
@@ -59,13 +64,14 @@ def main(args: Args, *, path: str, listener: int, events: str, notes: Sequence[s
     return 0
 
 
-async def serve(args: Args, path: str, listener: int, events: str) -> None:
+async def serve(args: Args, path: str, bundle: str, listener: int, events: str) -> None:
     """Serve on an inherited listening socket, whose path is `path`."""
     sock = trio.socket.from_stdlib_socket(socket.socket(fileno=listener))
     await run(
         trio.SocketListener(sock),
         namespace=args.namespace,
         publisher=Publisher(events, args.namespace),
+        is_wanted=lambda: Path(bundle).is_dir(),
         leaving=lambda: address.remove(path),
     )
 
@@ -76,10 +82,14 @@ async def run(
     namespace: str,
     publisher: Publisher,
     leaving: Callable[[], None],
+    is_wanted: Callable[[], bool] = lambda: True,
     open_sandbox: OpenSandbox = open_sandbox,
     load_config: Callable[[str | None], Config] = load,
 ) -> None:
-    """Serve on `listener`; `leaving` is called as soon as nobody shall find us any more."""
+    """Serve on `listener`; `leaving` is called as soon as nobody shall find us any more.
+
+    `is_wanted` says whether containerd still has a place for the task that we were started for.
+    """
     stop = trio.Event()
     async with trio.open_nursery() as outer:
         outer.start_soon(publisher.run)
@@ -95,7 +105,9 @@ async def run(
             server = Server(status_of=errors.status_of)
             for module in (task_v2_pb2, task_v3_pb2):
                 server.add_service(module.DESCRIPTOR.services_by_name["Task"], service)
-            connections = Connections(server, lambda: bool(len(pod.tasks)) or pod.tasks.creating)
+            connections = Connections(
+                server, lambda: bool(len(pod.tasks)) or pod.tasks.creating, is_wanted=is_wanted
+            )
             await nursery.start(trio.serve_listeners, connections.serve, [listener])
             nursery.start_soon(connections.watch_idle, stop)
             await nursery.start(_watch_signals, stop)
@@ -111,14 +123,17 @@ async def run(
 class Connections:
     """containerd's connections, one for each task id; closing one says nothing about the others."""
 
-    def __init__(self, server: Server, busy: Callable[[], bool]) -> None:
+    def __init__(self, server: Server, busy: Callable[[], bool], *, is_wanted: Callable[[], bool]) -> None:
         self._server = server
         self._busy = busy
+        self._is_wanted = is_wanted
         self._count = 0
+        self._known = False  # there has been a connection
         self._idle = trio.CancelScope(deadline=math.inf)
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """Serve one connection to its end."""
+        self._known = True
         self._count += 1
         self._note_idle()
         try:
@@ -140,14 +155,22 @@ class Connections:
         self._idle.deadline = math.inf if wanted else trio.current_time() + IDLE_LIMIT
 
     async def watch_idle(self, stop: trio.Event) -> None:
-        """Stop the process when there has been neither task nor connection for IDLE_LIMIT.
+        """Stop the process when nobody will ever want anything of it.
 
-        So a server is not left behind for ever by a containerd that died between its `start` and the Create.
+        A client that goes away while `start` runs makes containerd kill `start`, so that it never learns our
+        address, and remove the bundle. Nothing tells a process to which nobody is connected: it looks for the
+        bundle until somebody is. Where even that stays (containerd itself was killed), having had neither
+        task nor connection for IDLE_LIMIT must do.
         """
         self._note_idle()
         with self._idle:
-            await trio.sleep_forever()
-        log.warning("nobody wanted anything for %d s: the shim ends", IDLE_LIMIT)
+            while not self._known and self._is_wanted():
+                await trio.sleep(BUNDLE_INTERVAL)
+            if self._known:
+                await trio.sleep_forever()
+            log.warning("containerd removed the bundle before it connected: the shim ends")
+        if self._idle.cancelled_caught:
+            log.warning("nobody wanted anything for %d s: the shim ends", IDLE_LIMIT)
         stop.set()
 
 

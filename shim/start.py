@@ -97,7 +97,9 @@ def _become_server(
 
         gc.freeze()
         gc.enable()
-        status = serve.main(args, path=path, listener=listener, events=ttrpc_address, notes=notes)
+        status = serve.main(
+            args, path=path, bundle=directory, listener=listener, events=ttrpc_address, notes=notes
+        )
     except BaseException:
         address.remove(path)
         import traceback

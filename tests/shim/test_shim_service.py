@@ -632,7 +632,7 @@ async def test_a_shim_that_nobody_wants_anything_of_ends(autojump_clock: trio.te
     """containerd died between its start and the Create, and nothing else would ever end the process."""
     stop = trio.Event()
     started = trio.current_time()
-    await serve.Connections(Server(), lambda: False).watch_idle(stop)
+    await serve.Connections(Server(), lambda: False, is_wanted=lambda: True).watch_idle(stop)
     assert stop.is_set()
     assert trio.current_time() - started == pytest.approx(serve.IDLE_LIMIT)
 
@@ -641,7 +641,7 @@ async def test_a_shim_with_a_task_waits_for_its_containerd_for_ever(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     with trio.move_on_after(1000 * serve.IDLE_LIMIT) as scope:
-        await serve.Connections(Server(), lambda: True).watch_idle(trio.Event())
+        await serve.Connections(Server(), lambda: True, is_wanted=lambda: True).watch_idle(trio.Event())
     assert scope.cancelled_caught
 
 

@@ -47,6 +47,31 @@ async def test_the_server_is_a_daemon_of_its_own_that_holds_nothing_of_the_bundl
         assert int((process / "oom_score_adj").read_text()) == min(ours + 1, 1000)
 
 
+def test_a_server_whose_bundle_goes_before_anybody_connects_ends(made: Bundle) -> None:
+    """A client was killed during `start`: containerd killed that, too, and had no address to end the rest by.
+
+    The server was left for five minutes.
+    """
+    made.shim("start", stdin=made.bootstrap())
+    pid = made.pid()
+    made.path.rename(made.path.with_name("removed"))
+    end(pid)
+    assert not made.socket().exists()
+    assert "before it connected" in made.read_log()
+
+
+async def test_a_server_that_is_known_outlives_its_bundle(made: Bundle) -> None:
+    """containerd renames and removes it while the last calls are still under way."""
+    made.shim("start", stdin=made.bootstrap())
+    pid = made.pid()
+    async with await trio.open_unix_socket(str(made.socket())):
+        await call(made.socket(), "Connect")
+        made.path.rename(made.path.with_name("removed"))
+        assert (await call(made.socket(), "Connect")) == task_v2_pb2.ConnectResponse(shim_pid=pid)
+    await call(made.socket(), "Shutdown")
+    end(pid)
+
+
 def test_a_second_start_finds_the_living_server(made: Bundle) -> None:
     first = made.shim("start", stdin=made.bootstrap())
     pid = made.pid()

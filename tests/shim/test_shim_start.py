@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import trio
 
 from protos.containerd import task_v2_pb2, types_pb2
 from shim import bundle

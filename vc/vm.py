@@ -32,7 +32,7 @@ from vc.errors import GuestGone, HypervisorError, VCError
 from vc.hypervisor.base import Device, Machine, VMConfig
 from vc.hypervisor.qemu.driver import launch
 from vc.monitor import HealthCheck, wait_hung
-from vc.persist.store import Layout, SandboxLock
+from vc.persist.store import Layout, SandboxLock, make_private
 from vc.storage.sharedfs import SOCKET as VIRTIOFS_SOCKET
 from vc.storage.sharedfs import SharedFS, virtiofsd
 
@@ -159,7 +159,8 @@ def console_tail(machine: Machine) -> str:
 @contextmanager
 def _directory(vm_dir: Path) -> Iterator[None]:
     """Make a VM's directory for the length of the block. Whoever gets its lock knows that we are gone."""
-    vm_dir.mkdir(mode=0o700, parents=True)
+    make_private(vm_dir.parent)
+    vm_dir.mkdir(mode=0o700)
     lock = None
     try:
         lock = SandboxLock(vm_dir)

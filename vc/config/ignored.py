@@ -26,7 +26,6 @@ IGNORED: Final[Mapping[str, Mapping[str, tuple[object, ...]]]] = {
         "firmware": _EMPTY,
         "firmware_volume": _EMPTY,
         "pflashes": _NONE,
-        "rootless": _OFF,
         "disable_seccomp": _OFF,
         "default_bridges": (0, 1),
         "memory_slots": (10,),

@@ -191,6 +191,9 @@ class HypervisorConfig:
         valid_list="valid_entropy_sources",
     )
     seccompsandbox: str = key(Text(), "QEMU's -sandbox; empty: the strictest that works", default="")
+    rootless: bool = key(
+        Boolean(), "run the VMM as a user and in a root directory of its own, if the host can", default=True
+    )
     enable_debug: bool = key(Boolean(), "log the guest's console and let the kernel talk", default=False)
     enable_annotations: tuple[str, ...] = key(
         Words(items=Regex()),

@@ -52,6 +52,7 @@ class VMConfig:
     cpu_features: str = ""
     accelerator: str = AUTO
     seccomp_sandbox: str = ""  # QEMU's -sandbox; empty: the strictest that works
+    rootless: bool = True  # the VMM gets a user and a root directory of its own, if this host can do that
     entropy_source: Path = Path("/dev/urandom")
     agent_transport: str = AUTO
     agent_debug: bool = False

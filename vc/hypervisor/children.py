@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import trio
@@ -22,6 +23,7 @@ from vc.background import background
 from vc.errors import HypervisorError
 from vc.hypervisor import oom
 from vc.hypervisor.console import ConsoleTail
+from vc.hypervisor.jail import Jail
 
 log = logging.getLogger(__name__)
 
@@ -30,21 +32,28 @@ DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
 # A process that needs no capability has none, now or after an exec; as uid 0 it still owns its files.
 NO_CAPABILITIES = ("--no-new-privs", "--inh-caps=-all", "--bounding-set=-all")
 
+NO_CORE = 1  # byte: Linux, fs/coredump.c, do_coredump
 KILL_GRACE = 5.0  # seconds for the kernel to end a killed process; a VM with much memory takes a while
 LAST_WORDS_GRACE = 1.0  # seconds to read what a dead process left in its stderr
 READ_SIZE = 4096  # bytes
 STDERR_LINES = 5  # in an error message
 
 
-def prefix(*, netns: str | None = None, capabilities: bool = False) -> list[str]:
+def prefix(*, netns: str | None = None, capabilities: bool = False, jail: Jail | None = None) -> list[str]:
     """Return the programs in front of a child's own command line.
 
-    `netns`: the path of a network namespace, "" for a new empty one, None for the one we are in.
+    `netns`: the path of a network namespace, "" for a new empty one, None for the one we are in. A `jail` has
+    that already.
     """
     argv: list[str] = []
-    if netns is not None:
+    if jail is not None:
+        argv += jail.prefix()
+    elif netns is not None:
         argv += ["nsenter", f"--net={netns}", "--"] if netns else ["unshare", "--net", "--"]
     argv += DIE_WITH_PARENT
+    if jail is not None:
+        # setpriv sets the signal last, as it must: to change the user clears it (prctl(2)).
+        argv += [f"--reuid={jail.uid}", f"--regid={jail.uid}", "--clear-groups"]
     if not capabilities:
         argv += NO_CAPABILITIES
     return [*argv, "--"]
@@ -175,17 +184,32 @@ async def running(argv: Sequence[str], *, name: str, pass_fds: Sequence[int] = (
 def _spawn(argv: Sequence[str], name: str, stderr: int, pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
     log.debug("starting %s: %s", name, " ".join(argv))
     try:
-        return subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=stderr,
-            stderr=stderr,
-            pass_fds=pass_fds,
-            cwd="/",
-            start_new_session=True,  # a Ctrl-C at a terminal is for us, and we end the VM in order
-        )
+        with _no_core_dumps():
+            return subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                pass_fds=pass_fds,
+                cwd="/",
+                start_new_session=True,  # a Ctrl-C at a terminal is for us, and we end the VM in order
+            )
     except OSError as exc:
         raise HypervisorError(f"cannot start {name}: {argv[0]}: {exc.strerror}; is it installed?") from exc
+
+
+@contextmanager
+def _no_core_dumps() -> Iterator[None]:
+    """Let children that are started inside never leave a core file: it would hold the guest's memory.
+
+    A limit of 1 byte and not of 0, since a core dump that goes to a program is only stopped by that: core(5).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (NO_CORE if hard else 0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
 
 
 def descendants(pid: int) -> list[int]:

@@ -47,6 +47,7 @@ def vm_config(config: Config, *, vcpus: int | None = None, memory_mib: int | Non
         cpu_features=hypervisor.cpu_features,
         accelerator=hypervisor.accelerator,
         seccomp_sandbox=hypervisor.seccompsandbox,
+        rootless=hypervisor.rootless,
         entropy_source=hypervisor.entropy_source,
         agent_transport=hypervisor.agent_transport,
         agent_debug=config.agent.enable_debug,

@@ -75,8 +75,9 @@ class SandboxLock:
 
 
 def make_private(directory: Path) -> None:
-    """Create a directory that only its owner may enter, with its parents."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Create a directory that only its owner may enter, and such parents if there are none."""
+    for path in reversed([path for path in (directory, *directory.parents) if not path.exists()]):
+        path.mkdir(mode=0o700, exist_ok=True)  # with parents=True they would be open to all
 
 
 def claim(layout: Layout, sandbox_id: str) -> SandboxLock:

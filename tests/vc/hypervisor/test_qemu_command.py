@@ -33,7 +33,8 @@ WIRING = Wiring(qmp=10, console=11, agent=12)
 Q35 = machine_type("x86_64", "q35")
 
 HEAD = ["/usr/bin/qemu-system-x86_64", "-name", f"sandbox-{VMID},debug-threads=on", "-uuid", UUID]
-BOARD = "q35,accel=tcg,memory-backend=memory,usb=off,sata=off,smbus=off,vmport=off"
+MEMORY = "memory-backend=memory,dump-guest-core=off,mem-merge=off"
+BOARD = f"q35,accel=tcg,{MEMORY},usb=off,sata=off,smbus=off,vmport=off"
 MACHINE = [
     *("-machine", BOARD, "-cpu", Q35.cpu_tcg, "-smp", "cpus=1,sockets=1,cores=1,threads=1,maxcpus=1"),
     *("-m", "512M", "-object", "memory-backend-memfd,id=memory,size=512M,share=on"),

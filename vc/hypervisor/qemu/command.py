@@ -31,6 +31,9 @@ SANDBOX = ",".join(
 
 AGENT_PORT_NAME = "agent.channel.0"  # by which the agent finds its port: Kata 1.x, virtcontainers
 MEMORY = "memory"
+# The guest's memory is in no core dump, and is not searched for pages that another process has as well: how
+# long a write to a merged page takes would tell one guest what is in another.
+PRIVATE_MEMORY = ("dump-guest-core=off", "mem-merge=off")
 # Not -nographic, which would also make the firmware print its banner on our console.
 NO_DISPLAY = ("-display", "none")
 # Whether the guest may leave out kicks that virtiofsd does not want. The one in C says which it wants without
@@ -86,7 +89,7 @@ def command_line(config: VMConfig, wiring: Wiring, *, vmid: str, uuid: str) -> l
 
 
 def _machine(config: VMConfig, wiring: Wiring, row: MachineType) -> list[str]:
-    options = [row.name, f"accel={config.accelerator}", f"memory-backend={MEMORY}"]
+    options = [row.name, f"accel={config.accelerator}", f"memory-backend={MEMORY}", *PRIVATE_MEMORY]
     options += [part for part in (row.options, config.machine_accelerators) if part]
     cpu = config.cpu_model or ("host" if config.accelerator == KVM else row.cpu_tcg)
     smp = f"cpus={config.vcpus},sockets={config.max_vcpus},cores=1,threads=1,maxcpus={config.max_vcpus}"

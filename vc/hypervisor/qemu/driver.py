@@ -24,8 +24,9 @@ import trio
 
 from vc.agent_client.transports import Address, SerialAddress, VsockAddress
 from vc.background import background
+from vc.blocking import enter
 from vc.errors import HypervisorError, Unsupported
-from vc.hypervisor.accelerator import TCG, choose, warn_once
+from vc.hypervisor.accelerator import KVM, KVM_DEVICE, TCG, choose, warn_once
 from vc.hypervisor.base import (
     AUTO,
     HYBRID_VSOCK,
@@ -38,6 +39,8 @@ from vc.hypervisor.base import (
 )
 from vc.hypervisor.children import Child, prefix, running
 from vc.hypervisor.console import ConsoleTail
+from vc.hypervisor.jail import Jail, Needs
+from vc.hypervisor.jail import jail as make_jail
 from vc.hypervisor.qemu import qmp
 from vc.hypervisor.qemu.command import HOTPLUG_PORTS, SHARE_EVENT_IDX, Vsock, Wiring, command_line
 from vc.hypervisor.qemu.machines import machine_type
@@ -229,7 +232,9 @@ async def launch(
             except OSError as exc:
                 raise HypervisorError(f"cannot prepare VM {vmid} in {vm_dir}: {exc}") from exc
             stack.callback(connection.close)
-            argv = prefix(netns=netns) + command_line(config, wiring, vmid=vmid, uuid=str(uuid.uuid4()))
+            jail = await _enter_jail(stack, config, vmid=vmid, netns=netns)
+            argv = command_line(config, wiring, vmid=vmid, uuid=str(uuid.uuid4()))
+            argv = prefix(netns=netns, jail=jail) + argv
             child = await stack.enter_async_context(running(argv, name="QEMU", pass_fds=_descriptors(wiring)))
         ports = HOTPLUG_PORTS if row.pcie else 0
         machine = QemuMachine(child, address, root_ports=ports, log_console=config.debug)
@@ -239,6 +244,18 @@ async def launch(
         nursery.start_soon(machine.watch, monitor)
         stack.callback(child.kill_nowait)  # the first thing to happen at the end: all else follows from it
         yield machine
+
+
+async def _enter_jail(
+    stack: AsyncExitStack, config: VMConfig, *, vmid: str, netns: str | None
+) -> Jail | None:
+    """Make the VMM a jail, unless it is not to have one."""
+    if not config.rootless or os.geteuid() != 0:
+        return None
+    devices = [Path("/dev/null"), config.entropy_source, *([KVM_DEVICE] if config.accelerator == KVM else [])]
+    files = [path for path in (config.kernel, config.initrd, config.image) if path is not None]
+    needs = Needs(program=config.qemu, files=tuple(files), devices=tuple(dict.fromkeys(devices)))
+    return await enter(stack, make_jail(vmid, needs, netns=netns))
 
 
 async def _with_accelerator(config: VMConfig) -> VMConfig:

@@ -137,6 +137,7 @@ class FakeSandbox:
         self.id = spec.id
         self.spec = spec
         self.pid = PID
+        self.host_out_of_memory = False
         self.containers: dict[str, FakeContainer] = {}
         self.gone = trio.Event()
         self.create_hook: Callable[[str], Any] = nothing

@@ -14,16 +14,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib_bare import boot, machine_options, serial_throughput
+from lib_starts import (
+    CACHE,
+    COLD,
+    PHASES,
+    RUNC,
+    SHIM,
+    TEMPLATE,
+    VIRTIOFSD,
+    VMM,
+    kinds,
+    measure_start,
+    memory_of,
+    start_at_once,
+    wait_cached,
+)
 
-from tests.harness import runtimes
 from tests.harness.containerd import Containerd
 from tests.harness.processes import processes_of
 
+ROWS = ("running", "starts", "memory", "many")
+KINDS = (COLD, TEMPLATE)
+AT_ONCE = (1, 5, 10)
+PARTS = (VMM, VIRTIOFSD, SHIM)
 STREAM_MIB = 200
 START_TIMEOUT = 30.0
 
@@ -59,6 +77,12 @@ TARGETS = [
     Target("start prints its address", "under 80 ms", lambda value: value < 80),
     Target("shim PSS", "under 45 MB", lambda value: value < 45),
     Target("stdout / raw virtio-serial", "at least 0.30", lambda value: value >= 0.30),
+    Target("template / cold", "at most 0.35", lambda value: value <= 0.35),
+    Target("cache / cold", "at most 0.25", lambda value: value <= 0.25),
+    Target("cache / runc", "at most 8", lambda value: value <= 8),
+    Target("VMM PSS, template / cold", "at most 1", lambda value: value <= 1),
+    Target("VMM PSS, cache / cold", "at most 1", lambda value: value <= 1),
+    Target("failures of pods that were started at once", "none", lambda value: value == 0),
 ]
 
 
@@ -73,31 +97,23 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--shim", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--kinds", default=",".join(KINDS), help="where VMs come from, of %(default)s")
+    parser.add_argument("--rows", default=",".join(ROWS), help="what is measured, of %(default)s")
     options = parser.parse_args()
+    rows, wanted = chosen(parser, options.rows, ROWS), chosen(parser, options.kinds, KINDS)
     results = Results()
-    with (
-        Containerd(runtimes.kata, level="info") as kata,
-        Containerd(lambda _: runtimes.runc(), level="info") as runc,
-    ):
-        with kata.running() as container:
-            machine = machine_options(vmm_arguments(kata, container))
-            note("exec, stdout and memory with a running container")
-            measure_running(results, "ours", kata, container, options.runs)
-            note("start")
-            for _ in range(options.runs):
-                measure_start(results, options.shim, kata, container)
-        with runc.running() as container:
-            measure_running(results, "runc", runc, container, options.runs)
-        for number in range(options.runs):
-            note(f"cold start, run {number + 1} of {options.runs}")
-            measure_cold(results, machine, kata, runc)
-    note("raw virtio-serial")
-    for _ in range(min(options.runs, 3)):
-        results.add("raw virtio-serial", "MiB/s", serial_throughput(machine, STREAM_MIB))
-    for _ in range(options.runs):
-        results.add("import of the shim's server", "ms", import_time(options.shim))
+    with kinds([*wanted, RUNC]) as found:
+        if "running" in rows:
+            measure_running_container(results, options.shim, found, options.runs)
+        if "starts" in rows:
+            measure_starts(results, found, options.runs)
+        if "memory" in rows:
+            measure_memory(results, found)
+        if "many" in rows:
+            measure_many(results, found)
     add_ratios(results)
     report(results)
+    print("\n" + "\n".join(table(results, [*wanted, RUNC])))
     options.json.write_text(json.dumps(as_json(results, options.runs), indent=2) + "\n")
     print(f"\n{options.json}")
     return 0
@@ -105,6 +121,80 @@ def main() -> int:
 
 def note(text: str) -> None:
     print(f"... {text}", file=sys.stderr, flush=True)
+
+
+def chosen(parser: argparse.ArgumentParser, given: str, known: Sequence[str]) -> list[str]:
+    names = given.split(",")
+    if unknown := set(names) - set(known):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there is {', '.join(known)}")
+    return [name for name in known if name in names]
+
+
+def measure_running_container(
+    results: Results, shim: Path, found: Mapping[str, Containerd], runs: int
+) -> None:
+    """What does not depend on how the pod was started."""
+    kata, runc = found[COLD], found[RUNC]
+    with kata.running() as container:
+        machine = machine_options(vmm_arguments(kata, container))
+        note("exec, stdout and memory with a running container")
+        measure_running(results, "ours", kata, container, runs)
+        note("start")
+        for _ in range(runs):
+            measure_address(results, shim, kata, container)
+    with runc.running() as container:
+        measure_running(results, "runc", runc, container, runs)
+    note("bare boots and raw virtio-serial")
+    for _ in range(runs):
+        bare = boot(machine)
+        results.add("bare boot to the agent's first instruction", "s", bare.first_instruction)
+        results.add("bare boot to agent ready", "s", bare.agent_ready)
+    for _ in range(min(runs, 3)):
+        results.add("raw virtio-serial", "MiB/s", serial_throughput(machine, STREAM_MIB))
+    for _ in range(runs):
+        results.add("import of the shim's server", "ms", import_time(shim))
+
+
+def measure_starts(results: Results, found: Mapping[str, Containerd], runs: int) -> None:
+    """Start a container of each kind, in turns."""
+    for number in range(runs):
+        note(f"starts, run {number + 1} of {runs}")
+        for kind, containerd in found.items():
+            if kind == CACHE:
+                wait_cached(containerd)
+            start = measure_start(containerd)
+            results.add(f"ctr run --rm, {kind}", "s", start.done)
+            results.add(f"ctr run, first byte, {kind}", "s", start.first_byte)
+            for phase, seconds in start.phases.items():
+                results.add(f"{kind}: {phase}", "ms", 1000 * seconds)
+
+
+def measure_memory(results: Results, found: Mapping[str, Containerd]) -> None:
+    """Weigh the processes of one pod of each kind."""
+    note("memory of a pod")
+    for kind, containerd in found.items():
+        if kind == CACHE:
+            wait_cached(containerd)
+        if kind == RUNC:
+            continue
+        with containerd.running():
+            sizes = memory_of(containerd)
+        for program in PARTS:
+            for name, value in zip(("RSS", "PSS"), sizes[program], strict=True):
+                results.add(f"{program} {name}, {kind}", "MB", value)
+
+
+def measure_many(results: Results, found: Mapping[str, Containerd]) -> None:
+    """Start several pods at once."""
+    for kind, containerd in found.items():
+        for count in AT_ONCE:
+            note(f"{count} pods at once, {kind}")
+            if kind == CACHE:
+                wait_cached(containerd)
+            many = start_at_once(containerd, count)
+            results.add(f"{count} at once, {kind}: all have printed", "s", many.seconds)
+            results.add(f"{count} at once, {kind}: failures", "", many.failures)
+            results.add(f"{count} at once, {kind}: PSS of all", "MB", many.memory)
 
 
 def vmm_arguments(kata: Containerd, container: str) -> list[str]:
@@ -147,21 +237,7 @@ def shim_memory(containerd: Containerd, container: str) -> dict[str, float]:
     raise RuntimeError(f"no process serves {container}")
 
 
-def measure_cold(results: Results, machine: Sequence[str], kata: Containerd, runc: Containerd) -> None:
-    bare = boot(machine)
-    results.add("bare boot to the agent's first instruction", "s", bare.first_instruction)
-    results.add("bare boot to agent ready", "s", bare.agent_ready)
-    results.add("ctr run --rm, ours", "s", timed(lambda: succeed(kata)))
-    results.add("ctr run --rm, runc", "s", timed(lambda: succeed(runc)))
-
-
-def succeed(containerd: Containerd) -> None:
-    result = containerd.run("true")
-    if result.exit_status != 0:
-        raise RuntimeError(f"{result}\n{containerd.log_since(0)}")
-
-
-def measure_start(results: Results, shim: Path, kata: Containerd, container: str) -> None:
+def measure_address(results: Results, shim: Path, kata: Containerd, container: str) -> None:
     """Call `start` as containerd does, in a bundle that is a copy of a running container's."""
     tasks = kata.directory / "state" / "io.containerd.runtime.v2.task" / kata.namespace
     with tempfile.TemporaryDirectory(prefix="start-", dir=kata.directory / "tmp") as bundle:
@@ -211,11 +287,20 @@ def import_time(shim: Path) -> float:
 
 def add_ratios(results: Results) -> None:
     ratios = [
-        ("cold ctr run / bare boot to agent ready", "ctr run --rm, ours", "bare boot to agent ready"),
+        ("cold ctr run / bare boot to agent ready", "ctr run --rm, cold", "bare boot to agent ready"),
         ("stdout / raw virtio-serial", "stdout, ours", "raw virtio-serial"),
+        ("template / cold", "ctr run --rm, template", "ctr run --rm, cold"),
+        ("cache / cold", "ctr run --rm, cache", "ctr run --rm, cold"),
+        ("cache / runc", "ctr run --rm, cache", "ctr run --rm, runc"),
+        ("VMM PSS, template / cold", "VMM PSS, template", "VMM PSS, cold"),
+        ("VMM PSS, cache / cold", "VMM PSS, cache", "VMM PSS, cold"),
     ]
     for name, above, below in ratios:
-        results.add(name, "", results.median(above) / results.median(below))
+        if above in results.samples and below in results.samples:
+            results.add(name, "", results.median(above) / results.median(below))
+    failures = [sum(values) for name, values in results.samples.items() if name.endswith(": failures")]
+    if failures:
+        results.add("failures of pods that were started at once", "", sum(failures))
 
 
 def report(results: Results) -> None:
@@ -226,6 +311,34 @@ def report(results: Results) -> None:
         if target := targets.get(name):
             line += f" {target.text}: {'met' if target.is_met(value) else 'MISSED'}"
         print(line.rstrip())
+
+
+def table(results: Results, columns: Sequence[str]) -> list[str]:
+    """Return what there is for each kind of start as a table in Markdown, as the README has it."""
+    rows = {
+        "`ctr run --rm`": "ctr run --rm, {}",
+        "… until the first byte of output": "ctr run, first byte, {}",
+        **{phase: "{}: " + phase for phase, _ in PHASES},
+        **{f"{part}, {size}": f"{part} {size}, {{}}" for part in PARTS for size in ("RSS", "PSS")},
+        **{
+            f"{count} at once, all have printed": f"{count} at once, {{}}: all have printed"
+            for count in AT_ONCE
+        },
+        **{f"{count} at once, PSS of all": f"{count} at once, {{}}: PSS of all" for count in AT_ONCE},
+    }
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for title, name in rows.items():
+        cells = [cell(results, name.format(column)) for column in columns]
+        if any(cells):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
+
+
+def cell(results: Results, name: str) -> str:
+    if name not in results.samples:
+        return ""
+    digits = 2 if results.units[name] == "s" else 0
+    return f"{results.median(name):.{digits}f} {results.units[name]}"
 
 
 def as_json(results: Results, runs: int) -> dict[str, object]:
@@ -244,6 +357,7 @@ def as_json(results: Results, runs: int) -> dict[str, object]:
         "targets": {
             target.name: {"limit": target.text, "met": target.is_met(results.median(target.name))}
             for target in TARGETS
+            if target.name in results.samples
         },
     }
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from shim.tasks import KILLED_STATUS, ProcessRecord, State, Task, Tasks
+from vc import timeline
 from vc.errors import VCError
 from vc.process import Exit
 
@@ -72,6 +73,7 @@ class Exits:
     async def _watch(self, task: Task, record: ProcessRecord) -> None:
         try:
             ended = await self._wait(record)
+            timeline.mark("process ended")
             if ended.cause:
                 log.warning("%s ended with status %d: %s", record.name, ended.status, ended.cause)
             record.io.process_ended()
@@ -84,6 +86,7 @@ class Exits:
             log.exception("watching %s failed", record.name)
             ended = Exit(KILLED_STATUS, time.time())
         self._report(task, record, ended)
+        timeline.mark("exit told")
         if task.owns_sandbox and not record.exec_id:
             await self._end_other_tasks(task)
 

@@ -22,6 +22,7 @@ from shim import bundle, stdio_uri
 from shim.exits import Exits
 from shim.stdio import ProcessIO
 from shim.tasks import KILLED_STATUS, LOST_STATUS, ProcessRecord, State, Stdio, Task, Tasks
+from vc import timeline
 from vc.config import Config
 from vc.errors import AlreadyExists, GuestGone, InvalidArgument, NotFound, VCError, WrongState
 from vc.oci import spec as oci
@@ -97,6 +98,7 @@ class Pod:
         Raises:
             VCError: why not; the text names the thing.
         """
+        timeline.mark("create called")
         self.tasks.reserve(request.id)
         try:
             spec = oci.read_spec(Path(request.bundle))
@@ -109,6 +111,7 @@ class Pod:
             plan = stdio_uri.plan(request.stdio)
             io = ProcessIO(plan, process_id=request.id, namespace=self._namespace)
             await io.open()
+            timeline.mark("request read")
             try:
                 container = await self._create_container(request, spec, identity, plan)
             except BaseException:
@@ -161,6 +164,7 @@ class Pod:
                 f"this shim runs sandbox {self._sandbox_id!r}, so {request.id!r} cannot be another"
             )
         config = self._load_config(request.config_path)
+        timeline.mark("configuration read")
         wanted = sandbox_spec(f"{self._namespace}--{identity.sandbox_id}", spec, config)
         # Before there is anything that a `delete` after our death would have to find.
         self._run_dir = str(config.runtime.run_dir)
@@ -177,6 +181,7 @@ class Pod:
         self.tasks.add(task)
         self._announcer.created(task, request.rootfs)
         self._exits.created(task, init)
+        timeline.mark("create answered")
         return task
 
     async def _abandon(self, io: ProcessIO) -> None:
@@ -258,6 +263,7 @@ class Pod:
     async def _start(self, task_id: str, exec_id: str) -> ProcessRecord:
         task = self.tasks.find(task_id)
         record = task.find(exec_id)
+        timeline.mark("start called")
         async with record.lock:
             record.expect("started")
             if exec_id:
@@ -268,6 +274,7 @@ class Pod:
                 raise GuestGone(f"{record.name} ended while it was being started")
             record.state = State.RUNNING
             self._announcer.started(record)
+            timeline.mark("start answered")
             self._nursery.start_soon(record.io.run, record.process)
             self._exits.watch(task, record)
         if record.size is not None:
@@ -306,6 +313,7 @@ class Pod:
     async def _delete(self, task_id: str, exec_id: str) -> ProcessRecord:
         task = self.tasks.find(task_id)
         record = task.find(exec_id)
+        timeline.mark("delete called")
         async with record.lock:
             # Another Delete may have had the lock.
             if self.tasks.find(task_id).find(exec_id) is not record:
@@ -342,6 +350,8 @@ class Pod:
         # Of a group's last two, which leave together, each saw the other until now.
         if last or not self.tasks.in_use_beside(task.id):
             await self.end_sandbox(SANDBOX_END_WAIT)
+            timeline.mark("sandbox ended")
+            log.info("timeline of %s %s", task.id, timeline.current())
         # Last: once a second Delete finds no task, containerd hangs up, also on the first.
         self.tasks.remove(task.id)
 

@@ -30,6 +30,7 @@ from shim.metrics import host_is_unified
 from shim.pod import OpenSandbox, Pod
 from shim.service import TaskService
 from ttrpc.server import PeerCredentials, Server, peer_credentials
+from vc import timeline
 from vc.config import Config, load
 from vc.sandbox import open_sandbox
 
@@ -43,11 +44,22 @@ IDLE_LIMIT = (
 )
 
 
-def main(args: Args, *, path: str, bundle: str, listener: int, events: str, notes: Sequence[str]) -> int:
+def main(
+    args: Args,
+    *,
+    path: str,
+    bundle: str,
+    listener: int,
+    events: str,
+    notes: Sequence[str],
+    began: float | None = None,
+) -> int:
     """Serve until the end. Descriptor 2 is containerd's log by now; `path` is the listening socket's.
 
     `bundle` is the directory in which `start` was run: containerd's for the task that we are there for.
+    `began` is what the monotonic clock said when this program was started.
     """
+    timeline.begin(timeline.Timeline(began))
     logs.install(
         2, {"runtime": "io.containerd.kata.v2", "id": args.id, "namespace": args.namespace}, debug=args.debug
     )
@@ -111,6 +123,7 @@ async def run(
             await nursery.start(trio.serve_listeners, connections.serve, [listener])
             nursery.start_soon(connections.watch_idle, stop)
             await nursery.start(_watch_signals, stop)
+            timeline.mark("serving")
             await stop.wait()
             leaving()
             await pod.end(END_LIMIT)

@@ -12,10 +12,12 @@ Undo is in reverse order: whatever fails, no process, no socket and no file of o
 
 import os
 import stat
+import time
 
 from shim import address, bootstrap, bundle
 from shim.args import Args
 
+BEGAN = time.monotonic()  # of everything that is told about the duration of a start
 SIGKILL = 9  # signal(7); the module signal costs 3 ms for its enums
 OOM_SCORE_MIN, OOM_SCORE_MAX = -1000, 1000  # linux/oom.h
 
@@ -98,7 +100,13 @@ def _become_server(
         gc.freeze()
         gc.enable()
         status = serve.main(
-            args, path=path, bundle=directory, listener=listener, events=ttrpc_address, notes=notes
+            args,
+            path=path,
+            bundle=directory,
+            listener=listener,
+            events=ttrpc_address,
+            notes=notes,
+            began=BEGAN,
         )
     except BaseException:
         address.remove(path)

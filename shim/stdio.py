@@ -17,6 +17,7 @@ import trio
 from shim.logger import Logger, open_logger
 from shim.outputs import Output, Shared, open_output
 from shim.stdio_uri import Kind, Plan, Target
+from vc import timeline
 from vc.errors import InvalidArgument, VCError
 from vc.process import Process
 
@@ -58,6 +59,7 @@ class Copier:
             broken = self._give_up(exc)
         self.writing = False
         while data := await stream.receive_some(CHUNK):
+            timeline.mark("first output")
             self.writing = True
             if not broken:
                 try:

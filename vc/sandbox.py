@@ -22,6 +22,7 @@ from typing import Any
 import trio
 
 from protos.kata import agent_pb2
+from vc import timeline
 from vc.agent_client.client import STREAMS_FEATURE, AgentClient
 from vc.background import background
 from vc.blocking import enter
@@ -151,6 +152,7 @@ class Sandbox:
             files = container_rootfs(self._share, container_id, rootfs_mounts, rootfs, read_only=read_only)
             guest_root = await enter(undo, files)
             mounts = await self._share_volumes(undo, container_id, spec)
+            timeline.mark("root shared")
             request = self._translate(container_id, spec, guest_root, mounts)
             container = Container(
                 container_id,
@@ -160,6 +162,7 @@ class Sandbox:
                 forget=partial(self._forget, container_id),
             )
             await container.create(request, stdio, float(self._config.runtime.create_container_timeout))
+            timeline.mark("container created")
             container.keep(undo.pop_all())
             self.containers[container_id] = container
             return container
@@ -246,14 +249,17 @@ async def open_sandbox(
         store.save(layout, _record(spec, vmid))
         share = Share(layout.mounts(spec.id), layout.shared(spec.id))
         await enter(stack, shared_directory(share))
+        timeline.mark("share ready")
         containers: dict[str, Container] = {}
         stack.push_async_callback(_release, containers)
         vm = await stack.enter_async_context(
             maker.vm(_vm_config(spec, config), vmid=vmid, shared_dir=share.shared, netns=spec.netns)
         )
+        timeline.mark("vm ready")
         _report_interfaces(spec, vm.machine.pid)
         nursery = await stack.enter_async_context(background())
         await _prepare_guest(spec, config, vm.agent)
+        timeline.mark("guest prepared")
         runtime = config.runtime
         check = HealthCheck(runtime.health_check_interval, runtime.health_check_timeout)
         nursery.start_soon(vm.watch_health, check)

@@ -25,6 +25,7 @@ from pathlib import Path
 import trio
 
 from protos.kata import agent_pb2
+from vc import timeline
 from vc.agent_client.client import CHECK_TIMEOUT, AgentClient, together
 from vc.agent_client.transports import Transport, open_transport
 from vc.background import background
@@ -220,6 +221,7 @@ async def boot_vm(
         except HypervisorError as exc:
             raise await _launch_error(vmid, share, exc) from exc
         launched = trio.current_time() - began
+        timeline.mark("vmm launched")
         vm = VM(vmid, machine)
         nursery = await stack.enter_async_context(background())
         nursery.start_soon(vm.watch_machine)
@@ -246,10 +248,14 @@ async def _restore(machine: Machine, snapshot: Snapshot, devices: list[Device]) 
         await trio.to_thread.run_sync(snapshot.load_memory)
     except OSError as exc:
         raise HypervisorError(f"the saved memory cannot be read: {exc}") from exc
+    timeline.mark("memory loaded")
     await machine.load_state(snapshot.state)
+    timeline.mark("state loaded")
     for device in devices:
         await machine.plug(device)
+    timeline.mark("share plugged")
     await machine.resume()
+    timeline.mark("vcpus run")
 
 
 async def _refresh(agent: AgentClient) -> None:
@@ -266,11 +272,13 @@ async def _serve_agent(
 ) -> None:
     async with open_transport(vm.machine.address, timeout=math.inf) as transport:
         reached = trio.current_time() - began
+        timeline.mark("agent reached")
         vm.transport = transport
         vm.agent = AgentClient(transport)
         vm.adopt(vm.agent)
         async with background() as nursery:
             await nursery.start(vm.agent.run)
+            timeline.mark("agent connected")
             if snapshot is None:
                 await vm.agent.check(timeout=CHECK_TIMEOUT)
                 vm.details = await vm.agent.get_guest_details()

@@ -16,7 +16,8 @@ from cli.host import file_size, meminfo, program_version, read_text
 from cli.report import Finding, Level
 from vc.config import Config, load, missing_files
 from vc.errors import InvalidArgument, Unsupported
-from vc.hypervisor.accelerator import AUTO, KVM, choose
+from vc.hypervisor.accelerator import KVM, choose
+from vc.hypervisor.base import AUTO
 
 SHIM = "containerd-shim-kata-v2"
 RUNTIME_TYPE = "io.containerd.kata.v2"

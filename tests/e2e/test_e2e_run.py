@@ -10,6 +10,7 @@ import pytest
 from tests.e2e.conftest import NoLeaks
 from tests.harness.containerd import TIMEOUT, Containerd
 from tests.harness.events import Recorder
+from tests.harness.runtimes import Runtime
 from tests.harness.terminal import Terminal
 
 MIB = 1 << 20
@@ -20,6 +21,17 @@ def test_a_container_in_a_vm_has_a_kernel_of_its_own(containerd: Containerd) -> 
     assert (result.exit_status, result.stderr) == (0, b"")
     same = result.stdout.decode().strip() == platform.release()
     assert same != containerd.runtime.is_vm
+
+
+def test_a_container_that_may_use_a_processor_gets_one_beside_the_default_one(
+    containerd: Containerd, vm_runtime: Runtime
+) -> None:
+    """A guest with two processors now and then never booted: test_accelerator.py tells why."""
+    processors = min(2, os.cpu_count() or 1)
+    script = f"nproc; for n in 1 {processors}; do taskset $n sh -c 'echo here'; done"
+    result = containerd.run("sh", "-c", script, flags=["--cpus", "1"])
+    assert result.stdout == b"%d\nhere\nhere\n" % processors, result
+    assert result.exit_status == 0
 
 
 def test_both_outputs_and_the_exit_status_arrive(containerd: Containerd) -> None:

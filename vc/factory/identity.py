@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vc.errors import HypervisorError
-from vc.hypervisor.accelerator import KVM, choose
+from vc.hypervisor.accelerator import KVM, settle
 from vc.hypervisor.base import VSOCK, VMConfig
 from vc.hypervisor.qemu.command import Vsock, Wiring, command_line
 from vc.hypervisor.qemu.driver import VHOST_VSOCK, agent_transport
@@ -68,10 +68,9 @@ def identify(config: VMConfig) -> tuple[str, dict[str, object]]:
 
     Raises: HypervisorError, Unsupported.
     """
-    choice = choose(config.accelerator, config.qemu, arch=config.arch)
-    config = replace(config, accelerator=choice.accelerator)
+    config, _ = settle(config)
     # A processor that is not emulated shows through: to this kernel, on this machine.
-    host = {"kernel": os.uname().release, "processor": _processor()} if choice.accelerator == KVM else {}
+    host = {"kernel": os.uname().release, "processor": _processor()} if config.accelerator == KVM else {}
     facts = facts_of(config, has_vsock=VHOST_VSOCK.exists(), host=host)
     return key_of(facts), facts
 

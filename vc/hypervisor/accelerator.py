@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,15 +18,21 @@ from functools import lru_cache
 from pathlib import Path
 
 from vc.errors import Unsupported
+from vc.hypervisor.base import AUTO, VMConfig
 
 log = logging.getLogger(__name__)
 
 KVM = "kvm"
 TCG = "tcg"
-AUTO = "auto"
 
 KVM_DEVICE = Path("/dev/kvm")
 PROBE_TIMEOUT = 5.0  # seconds; a KVM that works takes 0.1
+VERSION_TIMEOUT = 10.0  # seconds; a QEMU that tells its version takes 0.05
+# Before it, TCG with a thread for each vCPU could go on running an instruction that another vCPU had replaced
+# while it was being translated. Linux patches its own code so, by a breakpoint that it puts there for a
+# moment: now and then a guest then met a breakpoint for ever, and nothing was ever printed. QEMU's commit
+# deba78709ae8, "accel/tcg: Always lock pages before translation".
+PARALLEL_TCG = (8, 1)
 VIRTUALISATION_FLAGS = {"vmx", "svm"}  # Intel's and AMD's: Linux, arch/x86/include/asm/cpufeatures.h
 
 
@@ -87,6 +94,40 @@ def choose(requested: str, qemu: Path, *, arch: str | None = None) -> Choice:
                 break
             facts = step(facts)
     return decide(requested, facts)
+
+
+def settle(config: VMConfig) -> tuple[VMConfig, Choice]:
+    """Decide what the configuration leaves to this host: the accelerator, and whether vCPUs run in parallel.
+
+    Blocks: QEMU may be run, for a trial or for its version. Raises: Unsupported.
+    """
+    choice = choose(config.accelerator, config.qemu, arch=config.arch)
+    parallel = choice.accelerator != TCG or config.vcpus == 1 or qemu_version(config.qemu) >= PARALLEL_TCG
+    return replace(config, accelerator=choice.accelerator, parallel_vcpus=parallel), choice
+
+
+@lru_cache(maxsize=4)
+def qemu_version(qemu: Path) -> tuple[int, ...]:
+    """Ask a QEMU for its version, as in (7, 2, 22); empty, and older than any, if it does not tell."""
+    try:
+        done = subprocess.run(
+            [str(qemu), "-version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=VERSION_TIMEOUT,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        log.debug("%s does not tell its version: %s", qemu, exc)
+        return ()
+    return parse_version(done.stdout)
+
+
+def parse_version(text: str) -> tuple[int, ...]:
+    """Read what `qemu -version` prints; empty if there is no version in it."""
+    match = re.search(r"version (\d+(?:\.\d+)+)", text)
+    return tuple(int(part) for part in match[1].split(".")) if match else ()
 
 
 @lru_cache(maxsize=1)

@@ -51,6 +51,7 @@ class VMConfig:
     cpu_model: str = ""  # empty: the best one for the accelerator
     cpu_features: str = ""
     accelerator: str = AUTO
+    parallel_vcpus: bool = True  # each has a thread of its own; decided together with the accelerator
     seccomp_sandbox: str = ""  # QEMU's -sandbox; empty: the strictest that works
     rootless: bool = True  # the VMM gets a user and a root directory of its own, if this host can do that
     entropy_source: Path = Path("/dev/urandom")

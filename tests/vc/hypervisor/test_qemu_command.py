@@ -34,9 +34,10 @@ Q35 = machine_type("x86_64", "q35")
 
 HEAD = ["/usr/bin/qemu-system-x86_64", "-name", f"sandbox-{VMID},debug-threads=on", "-uuid", UUID]
 MEMORY = "memory-backend=memory,dump-guest-core=off,mem-merge=off"
-BOARD = f"q35,accel=tcg,{MEMORY},usb=off,sata=off,smbus=off,vmport=off"
+BOARD = f"q35,{MEMORY},usb=off,sata=off,smbus=off,vmport=off"
 MACHINE = [
-    *("-machine", BOARD, "-cpu", Q35.cpu_tcg, "-smp", "cpus=1,sockets=1,cores=1,threads=1,maxcpus=1"),
+    *("-machine", BOARD, "-accel", "tcg", "-cpu", Q35.cpu_tcg),
+    *("-smp", "cpus=1,sockets=2,cores=1,threads=1,maxcpus=2"),
     *("-m", "512M", "-object", "memory-backend-memfd,id=memory,size=512M,share=on"),
 ]
 BARE = ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
@@ -113,13 +114,20 @@ def test_kvm_runs_the_hosts_cpu_with_the_configured_features() -> None:
     line = argv(config)
     assert line[line.index("-cpu") + 1] == "host,pmu=off"
     machine = line[line.index("-machine") + 1]
-    assert machine.startswith("q35,accel=kvm,") and machine.endswith(",kernel_irqchip=split")
+    assert machine.startswith("q35,") and machine.endswith(",kernel_irqchip=split")
+    assert line[line.index("-accel") + 1] == "kvm"
+    assert "maxcpus=1" in line[line.index("-smp") + 1]
 
 
 def test_free_vcpus_are_sockets() -> None:
     line = argv(replace(CONFIG, vcpus=2, max_vcpus=8))
     assert line[line.index("-smp") + 1] == "cpus=2,sockets=8,cores=1,threads=1,maxcpus=8"
     assert "nr_cpus=8" in line[line.index("-append") + 1].split()
+
+
+def test_vcpus_that_must_not_run_in_parallel_share_a_thread() -> None:
+    line = argv(replace(CONFIG, vcpus=2, max_vcpus=2, parallel_vcpus=False))
+    assert line[line.index("-accel") + 1] == "tcg,thread=single"
 
 
 def test_a_comma_in_a_path_does_not_begin_an_option() -> None:
@@ -164,7 +172,7 @@ def test_every_machine_of_the_table_gives_a_command_line(key: tuple[str, str]) -
     config = replace(CONFIG, arch=key[0], machine_type=key[1])
     line = argv(config)
     row = MACHINES[key]
-    assert line[line.index("-machine") + 1].startswith(f"{row.name},accel=tcg")
+    assert line[line.index("-machine") + 1].startswith(f"{row.name},")
     assert f"console={row.console}" in line[line.index("-append") + 1].split()
     assert any(part.startswith(f"virtio-blk-{row.virtio},") for part in line)
     assert any(part.startswith("pcie-root-port") for part in line) is row.pcie

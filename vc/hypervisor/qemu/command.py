@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vc.hypervisor.accelerator import KVM
+from vc.hypervisor.accelerator import KVM, TCG
 from vc.hypervisor.base import VirtioFS, VMConfig
 from vc.hypervisor.qemu.machines import COMMON_PARAMS, MachineType, machine_type
 
@@ -40,6 +40,10 @@ NO_DISPLAY = ("-display", "none")
 # a barrier before it looks at the queue again (libvhost-user.c, vu_queue_pop), so one that is needed can be
 # left out, and a process that waits for a page of its program then waits for ever and cannot be killed.
 SHARE_EVENT_IDX = False
+# In a machine that can never have a second vCPU, TCG before QEMU 8.1 leaves out the guest's memory barriers,
+# although its devices run in other threads and processes (commit c914d46d0a64); so there is always room for
+# one. The kernel is told the real number.
+TCG_MIN_SOCKETS = 2
 HOTPLUG_PORTS = 6  # free places for devices that come later: a share, and a block device or network each
 
 
@@ -89,17 +93,19 @@ def command_line(config: VMConfig, wiring: Wiring, *, vmid: str, uuid: str) -> l
 
 
 def _machine(config: VMConfig, wiring: Wiring, row: MachineType) -> list[str]:
-    options = [row.name, f"accel={config.accelerator}", f"memory-backend={MEMORY}", *PRIVATE_MEMORY]
+    options = [row.name, f"memory-backend={MEMORY}", *PRIVATE_MEMORY]
     options += [part for part in (row.options, config.machine_accelerators) if part]
     cpu = config.cpu_model or ("host" if config.accelerator == KVM else row.cpu_tcg)
-    smp = f"cpus={config.vcpus},sockets={config.max_vcpus},cores=1,threads=1,maxcpus={config.max_vcpus}"
+    accelerator = config.accelerator + ("" if config.parallel_vcpus else ",thread=single")
+    sockets = max(config.max_vcpus, TCG_MIN_SOCKETS if config.accelerator == TCG else 1)
+    smp = f"cpus={config.vcpus},sockets={sockets},cores=1,threads=1,maxcpus={sockets}"
     # Shared, so that virtiofsd reads and writes the guest's memory; from a memfd, so that /dev/shm's size
     # is no limit.
     backend = "memory-backend-memfd"
     if wiring.memory is not None:
         backend = f"memory-backend-file,mem-path=/proc/self/fd/{wiring.memory}"
     memory = f"{backend},id={MEMORY},size={config.memory_mib}M,share=on"
-    argv = ["-machine", ",".join(options)]
+    argv = ["-machine", ",".join(options), "-accel", accelerator]
     argv += ["-cpu", ",".join(part for part in (cpu, config.cpu_features) if part)]
     argv += ["-smp", smp, "-m", f"{config.memory_mib}M", "-object", memory]
     return [*argv, "-nodefaults", "-no-user-config", *NO_DISPLAY, "-no-reboot"]

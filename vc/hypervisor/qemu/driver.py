@@ -26,7 +26,7 @@ from vc.agent_client.transports import Address, SerialAddress, VsockAddress
 from vc.background import background
 from vc.blocking import enter
 from vc.errors import HypervisorError, Unsupported
-from vc.hypervisor.accelerator import KVM, KVM_DEVICE, TCG, choose, warn_once
+from vc.hypervisor.accelerator import KVM, KVM_DEVICE, TCG, settle, warn_once
 from vc.hypervisor.base import (
     AUTO,
     HYBRID_VSOCK,
@@ -260,10 +260,10 @@ async def _enter_jail(
 
 async def _with_accelerator(config: VMConfig) -> VMConfig:
     """Decide "auto". In a thread, because a trial machine may be run."""
-    choice = await trio.to_thread.run_sync(partial(choose, config.accelerator, config.qemu, arch=config.arch))
+    settled, choice = await trio.to_thread.run_sync(settle, config)
     if choice.accelerator == TCG and config.accelerator == AUTO:
         warn_once(choice.reasons)
-    return replace(config, accelerator=choice.accelerator)
+    return settled
 
 
 def agent_transport(requested: str, *, has_vsock: bool) -> str:

@@ -1,7 +1,6 @@
 """A VM: the machine, the file system it shares, and the agent in its guest, from boot to death.
 
-A VM can also go on from where another one was saved (`Snapshot`) instead of booting; whoever uses it sees no
-difference but the time that it takes.
+It need not boot for that: see `vc.beginning`. Whoever uses it sees no difference but the time that it takes.
 
 `boot_vm` starts everything at once and lets the pieces wait for each other: virtiofsd and QEMU start side by
 side, QMP connects in a thread, and the agent's first words are answered the moment they come. When the VMM or
@@ -14,10 +13,9 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,11 +27,12 @@ from vc import timeline
 from vc.agent_client.client import CHECK_TIMEOUT, AgentClient, together
 from vc.agent_client.transports import Transport, open_transport
 from vc.background import background
+from vc.beginning import Beginning, Boot, VMDirectory
 from vc.errors import GuestGone, HypervisorError, VCError
 from vc.hypervisor.base import Device, Machine, VMConfig
-from vc.hypervisor.qemu.driver import launch
+from vc.hypervisor.parked import Parked
 from vc.monitor import HealthCheck, wait_hung
-from vc.persist.store import Layout, SandboxLock, make_private
+from vc.persist.store import Layout
 from vc.storage.sharedfs import SOCKET as VIRTIOFS_SOCKET
 from vc.storage.sharedfs import SharedFS, virtiofsd
 
@@ -45,16 +44,6 @@ KERNEL_PANIC = "Kernel panic - not syncing"  # Linux, kernel/panic.c
 # only if QEMU is alive after this time.
 BLAME_GRACE = 0.5  # seconds
 SEED_BYTES = 512  # of the host's randomness for a restored guest: as much as Kata gives
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """What a VM needs to go on from where another one was saved. The descriptors stay the caller's."""
-
-    memory: int  # the descriptor of a file that becomes the guest's memory
-    load_memory: Callable[[], object]  # fills it; blocks. Raises: OSError
-    state: int  # the descriptor of the machine's saved state
-    details: agent_pb2.GuestDetailsResponse
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +63,10 @@ class VM:
     details: agent_pb2.GuestDetailsResponse
     times: BootTimes
 
-    def __init__(self, vmid: str, machine: Machine) -> None:
+    def __init__(self, vmid: str, machine: Machine, directory: VMDirectory) -> None:
         self.vmid = vmid
         self.machine = machine
+        self._directory = directory
         self.cause = ""  # of its end, with what the guest printed last
         self.gone: GuestGone | None = None
         self.booting = trio.CancelScope()
@@ -95,13 +85,34 @@ class VM:
         self._connected.cancel()
         await self._disconnected.wait()
 
+    async def park(self) -> Parked:
+        """Pause the VM and make it outlive the block, which is to be left at once; the caller owns it then.
+
+        Only for a VM that was begun as `kept`, and has nothing shared.
+
+        Raises: HypervisorError, Unsupported.
+        """
+        await self.disconnect()
+        await self.machine.pause()
+        lock = self._directory.lock.fileno()
+        parked = self.machine.park(self.vmid, details=self.details.SerializeToString(), lock=lock)
+        self._directory.parked = True
+        return parked
+
     async def connect(
-        self, began: float, restored: Snapshot | None, *, task_status: trio.TaskStatus[None]
+        self,
+        began: float,
+        details: agent_pb2.GuestDetailsResponse | None,
+        *,
+        task_status: trio.TaskStatus[None],
     ) -> None:
-        """Reach the agent, report started when it serves, and hold the connection until `disconnect`."""
+        """Reach the agent, report started when it serves, and hold the connection until `disconnect`.
+
+        With its `details` the guest is one that has run before.
+        """
         try:
             with self._connected:
-                await _serve_agent(self, began, restored, task_status=task_status)
+                await _serve_agent(self, began, details, task_status=task_status)
         finally:
             self._disconnected.set()
 
@@ -157,22 +168,6 @@ def console_tail(machine: Machine) -> str:
     return "last console lines: " + " | ".join(line.strip() for line in lines[-CONSOLE_LINES:])
 
 
-@contextmanager
-def _directory(vm_dir: Path) -> Iterator[None]:
-    """Make a VM's directory for the length of the block. Whoever gets its lock knows that we are gone."""
-    make_private(vm_dir.parent)
-    vm_dir.mkdir(mode=0o700)
-    lock = None
-    try:
-        lock = SandboxLock(vm_dir)
-        lock.acquire_nowait()
-        yield
-    finally:
-        shutil.rmtree(vm_dir, ignore_errors=True)
-        if lock is not None:
-            lock.release()  # last, so that the directory never lacks an owner
-
-
 @asynccontextmanager
 async def boot_vm(
     config: VMConfig,
@@ -180,13 +175,12 @@ async def boot_vm(
     vmid: str,
     netns: str | None = None,
     shared_dir: Path | None = None,
-    memory: int | None = None,
-    snapshot: Snapshot | None = None,
+    beginning: Beginning | None = None,
 ) -> AsyncIterator[VM]:
-    """Boot a VM and wait until its agent serves; it is ended, and nothing is left of it, when the block ends.
+    """Run a VM, by default one that boots, and wait until its agent serves.
 
-    `netns` and `memory`: see `launch`. `shared_dir` is what the guest can mount, if the configuration shares
-    anything. With a `snapshot` of a VM of the same configuration that goes on instead of a boot.
+    It is ended, and nothing is left of it, when the block ends, unless it was parked. `netns`: see `launch`.
+    `shared_dir` is what the guest can mount, if the configuration shares anything.
 
     Raises:
         HypervisorError: it did not boot; the text says at which step, after how long, why, and what to do.
@@ -194,27 +188,19 @@ async def boot_vm(
 
     """
     began = trio.current_time()
+    beginning = beginning or Boot()
     async with AsyncExitStack() as stack:
-        vm_dir = Layout(config.run_dir).vm(vmid)
-        try:
-            stack.enter_context(_directory(vm_dir))
-        except OSError as exc:
-            raise HypervisorError(f"cannot make the directory {vm_dir} of VM {vmid}: {exc.strerror}") from exc
+        directory = _directory(beginning, Layout(config.run_dir).vm(vmid))
+        stack.callback(directory.give_back)
         share: SharedFS | None = None
         devices: list[Device] = []
         if config.shared_fs is not None and shared_dir is not None:
             share = await stack.enter_async_context(
-                virtiofsd(config.shared_fs, shared_dir, vm_dir / VIRTIOFS_SOCKET)
+                virtiofsd(config.shared_fs, shared_dir, directory.path / VIRTIOFS_SOCKET)
             )
             devices.append(share.device)
-        machine_block = launch(
-            config,
-            vm_dir=vm_dir,
-            vmid=vmid,
-            netns=netns,
-            devices=() if snapshot else devices,  # a machine with a share in it cannot be saved
-            memory=snapshot.memory if snapshot else memory,
-            restored=snapshot is not None,
+        machine_block = beginning.machine(
+            config, vm_dir=directory.path, vmid=vmid, netns=netns, devices=devices
         )
         try:
             machine = await stack.enter_async_context(machine_block)
@@ -222,7 +208,7 @@ async def boot_vm(
             raise await _launch_error(vmid, share, exc) from exc
         launched = trio.current_time() - began
         timeline.mark("vmm launched")
-        vm = VM(vmid, machine)
+        vm = VM(vmid, machine, directory)
         nursery = await stack.enter_async_context(background())
         nursery.start_soon(vm.watch_machine)
         if share is not None:
@@ -230,9 +216,8 @@ async def boot_vm(
         vm.booting.deadline = began + config.dial_timeout
         try:
             with vm.booting:
-                if snapshot is not None:
-                    await _restore(machine, snapshot, devices)
-                await nursery.start(vm.connect, began, snapshot)
+                await beginning.wake(machine, devices)
+                await nursery.start(vm.connect, began, beginning.details)
         except VCError as exc:
             raise await _boot_error(vm, config, share, str(exc), trio.current_time() - began) from exc
         if vm.booting.cancelled_caught:
@@ -242,24 +227,15 @@ async def boot_vm(
         yield vm
 
 
-async def _restore(machine: Machine, snapshot: Snapshot, devices: list[Device]) -> None:
-    """Bring the saved VM back in a machine launched for it, and let it run."""
+def _directory(beginning: Beginning, path: Path) -> VMDirectory:
     try:
-        await trio.to_thread.run_sync(snapshot.load_memory)
+        return beginning.directory(path)
     except OSError as exc:
-        raise HypervisorError(f"the saved memory cannot be read: {exc}") from exc
-    timeline.mark("memory loaded")
-    await machine.load_state(snapshot.state)
-    timeline.mark("state loaded")
-    for device in devices:
-        await machine.plug(device)
-    timeline.mark("share plugged")
-    await machine.resume()
-    timeline.mark("vcpus run")
+        raise HypervisorError(f"cannot make the directory {path} of VM {path.name}: {exc.strerror}") from exc
 
 
 async def _refresh(agent: AgentClient) -> None:
-    """Make a restored guest differ from all others that were restored from the same state."""
+    """Make a guest differ from all others that go on from the same state, and tell it the time."""
     now = time.time_ns() // 1000
     await together(
         partial(agent.reseed_random, secrets.token_bytes(SEED_BYTES)),
@@ -268,7 +244,11 @@ async def _refresh(agent: AgentClient) -> None:
 
 
 async def _serve_agent(
-    vm: VM, began: float, snapshot: Snapshot | None, *, task_status: trio.TaskStatus[None]
+    vm: VM,
+    began: float,
+    details: agent_pb2.GuestDetailsResponse | None,
+    *,
+    task_status: trio.TaskStatus[None],
 ) -> None:
     async with open_transport(vm.machine.address, timeout=math.inf) as transport:
         reached = trio.current_time() - began
@@ -279,12 +259,12 @@ async def _serve_agent(
         async with background() as nursery:
             await nursery.start(vm.agent.run)
             timeline.mark("agent connected")
-            if snapshot is None:
+            if details is None:
                 await vm.agent.check(timeout=CHECK_TIMEOUT)
                 vm.details = await vm.agent.get_guest_details()
             else:
                 await _refresh(vm.agent)
-                vm.details = snapshot.details
+                vm.details = details
             vm.times = BootTimes(launched=0.0, reached=reached, ready=trio.current_time() - began)
             task_status.started()
             failure = await vm.agent.wait_failed()

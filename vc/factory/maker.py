@@ -18,6 +18,7 @@ from pathlib import Path
 import trio
 
 from protos.kata import agent_pb2
+from vc.beginning import Boot
 from vc.errors import HypervisorError, Unsupported, VCError
 from vc.factory.identity import identify
 from vc.factory.memory import checksum, new_memory, save_memory
@@ -93,7 +94,7 @@ async def _fill(
         os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for name in (MEMORY, STATE)
     ]
     try:
-        async with boot_vm(private, vmid=secrets.token_hex(8), netns="", memory=memory) as vm:
+        async with boot_vm(private, vmid=secrets.token_hex(8), netns="", beginning=Boot(memory=memory)) as vm:
             await warm_up(vm.agent, vm.details)
             details = vm.details
             data_bytes = await _save(vm, memory, files)

@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 
 from protos.kata import agent_pb2
 from vc.background import background
+from vc.beginning import Restore, Snapshot
 from vc.config import Config
 from vc.errors import HypervisorError, Unsupported
 from vc.factory.identity import identify
@@ -30,7 +31,7 @@ from vc.factory.memory import checksum, load_memory, new_memory
 from vc.factory.templates import BrokenTemplate, ForeignTemplate, Template, Templates
 from vc.hypervisor.base import VMConfig
 from vc.hypervisor.configure import vm_config
-from vc.vm import VM, Snapshot, boot_vm
+from vc.vm import VM, boot_vm
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class TemplateFactory:
                     log.info("booting: there is no template %s yet", key)
                     return None
                 snapshot = _snapshot(template, memory, config.memory_mib * MIB)
-                vm = await stack.enter_async_context(boot_vm(config, **place, snapshot=snapshot))
+                vm = await stack.enter_async_context(boot_vm(config, **place, beginning=Restore(snapshot)))
                 log.info("VM %s goes on from template %s", vm.vmid, key)
                 return vm
         except BrokenTemplate as exc:

@@ -13,6 +13,7 @@ from pathlib import Path
 from vc.agent_client.transports import Address
 from vc.errors import Unsupported
 from vc.hypervisor.console import ConsoleTail
+from vc.hypervisor.parked import Parked
 
 # The order of preference on this host is the driver's; these are the words of the configuration.
 AUTO = "auto"
@@ -117,6 +118,13 @@ class Machine(ABC):
     @abstractmethod
     async def unplug(self, device: Device) -> None:
         """Take a device away that was plugged. Raises: HypervisorError, Unsupported."""
+
+    def park(self, vmid: str, *, details: bytes, lock: int) -> Parked:
+        """Make a paused machine outlive its block, for another owner; only if it was launched for that.
+
+        Raises: HypervisorError, Unsupported.
+        """
+        raise Unsupported(f"{type(self).__name__} cannot be handed over")
 
     async def save_state(self, descriptor: int) -> None:
         """Write all but the memory of a paused machine to an open file. Raises: HypervisorError."""

@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import subprocess
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -59,8 +60,10 @@ def prefix(*, netns: str | None = None, capabilities: bool = False, jail: Jail |
     return [*argv, "--"]
 
 
-def describe_exit(name: str, pid: int, status: int) -> str:
-    """Say how a process ended. `status` as in subprocess: negative is a signal."""
+def describe_exit(name: str, pid: int, status: int | None) -> str:
+    """Say how a process ended. `status` as in subprocess: negative is a signal; None if nobody knows."""
+    if status is None:
+        return f"{name} (pid {pid}) ended with the process that kept it"
     if status >= 0:
         return f"{name} (pid {pid}) exited with status {status}"
     try:
@@ -70,17 +73,18 @@ def describe_exit(name: str, pid: int, status: int) -> str:
     return f"{name} (pid {pid}) was killed by {signal_name}"
 
 
-class Child:
-    """A running process. Made by `running`."""
+class Child(ABC):
+    """A running process. Made by `running`, or by `vc.hypervisor.lease`."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], pidfd: int) -> None:
+    def __init__(self, name: str, pid: int, pidfd: int) -> None:
         self.name = name
-        self.pid = process.pid
+        self.pid = pid
         self.stderr = ConsoleTail(on_line=lambda line: log.debug("%s: %s", name, line))
-        self._process = process
+        self.exit_status: int | None = None  # as in subprocess: negative after a signal, None while it lives
         self.scope = trio.CancelScope(shield=True)  # of `attend`
+        self.parked = False  # it is to outlive us
+        self.pidfd = pidfd
         self.out_of_memory = False  # it was killed by the host's OOM killer
-        self._pidfd = pidfd
         self._ours = False  # we killed it
         self._oom = oom.Watch()
         self._stderr_ended = trio.Event()
@@ -97,35 +101,31 @@ class Child:
         await self._dead.wait()
         return self._cause
 
-    @property
-    def exit_status(self) -> int | None:
-        """As in subprocess: negative after a signal, None while it lives."""
-        return self._process.returncode
-
     def kill_nowait(self) -> None:
-        """Send SIGKILL, unless it is dead already."""
-        if self._process.returncode is None:
+        """Send SIGKILL, unless it is dead or not ours any more."""
+        if self.exit_status is None and not self.dead and not self.parked:
             self._ours = True
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         """Give back what only the watch of its death needs."""
         self._oom.close()
 
     async def attend(self, stderr: int) -> None:
-        """Read the process's stderr and reap it. Ends when it is dead, and not before: see `running`."""
+        """Read the process's stderr and reap it. Ends when it is dead, and not before: see `attended`."""
         with self.scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._read_stderr, trio.lowlevel.FdStream(stderr))
                 await self._watch()
                 nursery.cancel_scope.cancel()
 
+    @abstractmethod
+    async def reap(self) -> int | None:
+        """Block until the process has ended; return its exit status, None if nobody knows it."""
+
     async def _watch(self) -> None:
-        await trio.lowlevel.wait_readable(self._pidfd)
-        result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-        assert result is not None  # without WNOHANG there is always one
-        status = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
-        self._process.returncode = status  # or Popen would believe that it still runs
+        self.exit_status = status = await self.reap()
         with trio.move_on_after(LAST_WORDS_GRACE):
             await self._stderr_ended.wait()
         self._cause = describe_exit(self.name, self.pid, status)
@@ -143,6 +143,23 @@ class Child:
         self._stderr_ended.set()
 
 
+class OwnChild(Child):
+    """A process that we have started and reap ourselves."""
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], pidfd: int) -> None:
+        super().__init__(name, process.pid, pidfd)
+        self._process = process
+
+    async def reap(self) -> int:
+        """See `Child.reap`."""
+        await trio.lowlevel.wait_readable(self.pidfd)
+        result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        assert result is not None  # without WNOHANG there is always one
+        status = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+        self._process.returncode = status  # or Popen would believe that it still runs
+        return status
+
+
 @asynccontextmanager
 async def running(argv: Sequence[str], *, name: str, pass_fds: Sequence[int] = ()) -> AsyncIterator[Child]:
     """Run a program as long as the block lasts, then kill and reap it.
@@ -154,16 +171,20 @@ async def running(argv: Sequence[str], *, name: str, pass_fds: Sequence[int] = (
         HypervisorError: the first program of the command line does not exist.
 
     """
-    stderr, child_stderr = os.pipe2(os.O_CLOEXEC)
-    try:
-        process = _spawn(argv, name, child_stderr, pass_fds)
-    except BaseException:
-        os.close(stderr)
-        raise
-    finally:
-        os.close(child_stderr)
+    process, stderr = spawn(argv, name, pass_fds)
     pidfd = os.pidfd_open(process.pid)
-    child = Child(name, process, pidfd)
+    try:
+        async with attended(OwnChild(name, process, pidfd), stderr) as child:
+            yield child
+    finally:
+        os.close(pidfd)
+        if process.returncode is None:
+            process.returncode = -signal.SIGKILL  # nothing more can be done, and Popen would complain
+
+
+@asynccontextmanager
+async def attended(child: Child, stderr: int) -> AsyncIterator[Child]:
+    """Attend to a process as long as the block lasts, then kill it, unless it was parked; closes `stderr`."""
     try:
         async with background() as nursery:
             nursery.start_soon(child.attend, stderr)
@@ -172,30 +193,42 @@ async def running(argv: Sequence[str], *, name: str, pass_fds: Sequence[int] = (
             finally:
                 child.kill_nowait()
                 # It attends also when we are cancelled, because a killed process must be reaped.
-                child.scope.deadline = trio.current_time() + KILL_GRACE
+                grace = 0.0 if child.parked else KILL_GRACE
+                child.scope.deadline = trio.current_time() + grace
     finally:
-        os.close(pidfd)
         child.close()
-        if process.returncode is None:
-            log.error("%s (pid %d) does not die of SIGKILL; it is left behind", name, process.pid)
-            process.returncode = -signal.SIGKILL  # nothing more can be done, and Popen would complain
+    if child.exit_status is None and not child.dead and not child.parked:
+        log.error("%s (pid %d) does not die of SIGKILL; it is left behind", child.name, child.pid)
 
 
-def _spawn(argv: Sequence[str], name: str, stderr: int, pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
+def spawn(argv: Sequence[str], name: str, pass_fds: Sequence[int]) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a process; return it and the end of a pipe that is its stdout and stderr.
+
+    Raises: HypervisorError.
+    """
     log.debug("starting %s: %s", name, " ".join(argv))
+    stderr, child_stderr = os.pipe2(os.O_CLOEXEC)
     try:
         with _no_core_dumps():
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
-                stdout=stderr,
-                stderr=stderr,
+                stdout=child_stderr,
+                stderr=child_stderr,
                 pass_fds=pass_fds,
                 cwd="/",
                 start_new_session=True,  # a Ctrl-C at a terminal is for us, and we end the VM in order
             )
-    except OSError as exc:
-        raise HypervisorError(f"cannot start {name}: {argv[0]}: {exc.strerror}; is it installed?") from exc
+    except BaseException as exc:
+        os.close(stderr)
+        if isinstance(exc, OSError):
+            raise HypervisorError(
+                f"cannot start {name}: {argv[0]}: {exc.strerror}; is it installed?"
+            ) from exc
+        raise
+    finally:
+        os.close(child_stderr)
+    return process, stderr
 
 
 @contextmanager

@@ -59,6 +59,17 @@ class SandboxLock:
     def __init__(self, directory: Path) -> None:
         self._fd = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
+    @classmethod
+    def held(cls, descriptor: int) -> SandboxLock:
+        """Own a lock that is held already: by `descriptor`, which another process has sent."""
+        lock = cls.__new__(cls)
+        lock._fd = descriptor
+        return lock
+
+    def fileno(self) -> int:
+        """Return the descriptor, which holds the lock wherever a copy of it is open: flock(2)."""
+        return self._fd
+
     def acquire_nowait(self) -> bool:
         """Take the lock if it is free."""
         try:

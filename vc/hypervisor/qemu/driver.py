@@ -15,7 +15,7 @@ import socket
 import struct
 import uuid
 from collections.abc import AsyncIterator, Iterable
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,8 @@ from vc.hypervisor.children import Child, prefix, running
 from vc.hypervisor.console import ConsoleTail
 from vc.hypervisor.jail import Jail, Needs
 from vc.hypervisor.jail import jail as make_jail
+from vc.hypervisor.lease import BACK_SEAT, LeasedChild, front_seat, leased, taken
+from vc.hypervisor.parked import Parked, duplicate, with_descriptors
 from vc.hypervisor.qemu import qmp
 from vc.hypervisor.qemu.command import HOTPLUG_PORTS, SHARE_EVENT_IDX, Vsock, Wiring, command_line
 from vc.hypervisor.qemu.machines import machine_type
@@ -60,6 +62,7 @@ STATE_TIMEOUT = 20.0  # seconds to write or read a machine's state, which has so
 MIGRATION_CAPABILITIES = ("events", "x-ignore-shared")
 LAST_EVENT_GRACE = 0.5  # seconds for QMP's last event after QEMU's death
 
+NAME = "QEMU"
 QMP_SOCKET = "qmp.sock"
 AGENT_SOCKET = "agent.sock"
 
@@ -69,14 +72,17 @@ class QemuMachine(Machine):
 
     capabilities = Capabilities(shared_fs=True, block_device=True, hotplug=True, pause=True, snapshot=True)
 
-    def __init__(self, child: Child, address: Address, *, root_ports: int, log_console: bool) -> None:
+    def __init__(self, child: Child, address: Address, console: socket.socket, config: VMConfig) -> None:
+        """`console` is closed when its reader ends. What else is open belongs to the caller."""
         self.pid = child.pid
         self.address = address
-        self.console = ConsoleTail(on_line=partial(log.debug, "vmconsole: %s") if log_console else None)
+        self.console = ConsoleTail(on_line=partial(log.debug, "vmconsole: %s") if config.debug else None)
         self.messages = child.stderr
         self._child = child
+        self._console = console
         self._monitor: Monitor | None = None
-        self._free_ports = list(range(root_ports))
+        pcie = machine_type(config.arch, config.machine_type).pcie
+        self._free_ports = list(range(HOTPLUG_PORTS if pcie else 0))
         self._ports: dict[Device, int] = {}
         self._deleted: dict[str, trio.Event] = {}
         self._shutdown: qmp.Shutdown | None = None
@@ -172,9 +178,23 @@ class QemuMachine(Machine):
             self._migration_completed = event.completed
             self._migrated.set()
 
-    async def read_console(self, connection: socket.socket) -> None:
+    def park(self, vmid: str, *, details: bytes, lock: int) -> Parked:
+        """See `Machine.park`."""
+        if not isinstance(self._child, LeasedChild):
+            raise Unsupported(f"VM {vmid} was not started to be handed over")
+        cid = self.address.cid if isinstance(self.address, VsockAddress) else None
+        child = self._child
+        try:
+            front_seat(self.pid)
+            copies = duplicate(child.lease, child.pidfd, child.stderr_fd, self._console.fileno(), lock)
+        except OSError as exc:
+            raise HypervisorError(f"VM {vmid} cannot be parked: {exc.strerror}") from exc
+        child.parked = True
+        return with_descriptors(copies, vmid=vmid, pid=self.pid, cid=cid, details=details)
+
+    async def read_console(self) -> None:
         """Keep the tail of what the guest prints."""
-        async with trio.SocketStream(trio.socket.from_stdlib_socket(connection)) as stream:
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(self._console)) as stream:
             try:
                 while data := await stream.receive_some(READ_SIZE):
                     self.console.feed(bytes(data))
@@ -205,13 +225,14 @@ async def launch(
     devices: Iterable[Device] = (),
     memory: int | None = None,
     restored: bool = False,
+    kept: bool = False,
 ) -> AsyncIterator[Machine]:
     """Run a VM as long as the block lasts. Returns when QEMU was started, not when the guest is up.
 
     `vm_dir` exists and is private; sockets made in it stay there. `netns` is the path of the network
     namespace QEMU runs in, "" for a new one, None for this one. What `devices` connect to must listen
     already. `memory` is the descriptor of a file of the memory's size that becomes the guest's memory. With
-    `restored` the machine does not boot but waits for `load_state`.
+    `restored` the machine does not boot but waits for `load_state`. One that is `kept` can be parked.
 
     Raises:
         HypervisorError: something that QEMU needs cannot be opened or started.
@@ -219,7 +240,6 @@ async def launch(
 
     """
     config = await _with_accelerator(config)
-    row = machine_type(config.arch, config.machine_type)
     async with AsyncExitStack() as stack:
         with ExitStack() as handed_over:  # what only QEMU keeps
             console, theirs = socket.socketpair()
@@ -235,15 +255,51 @@ async def launch(
             jail = await _enter_jail(stack, config, vmid=vmid, netns=netns)
             argv = command_line(config, wiring, vmid=vmid, uuid=str(uuid.uuid4()))
             argv = prefix(netns=netns, jail=jail) + argv
-            child = await stack.enter_async_context(running(argv, name="QEMU", pass_fds=_descriptors(wiring)))
-        ports = HOTPLUG_PORTS if row.pcie else 0
-        machine = QemuMachine(child, address, root_ports=ports, log_console=config.debug)
-        nursery = await stack.enter_async_context(background())
-        monitor = await stack.enter_async_context(monitoring(connection, machine.handle_event))
-        nursery.start_soon(machine.read_console, console)
-        nursery.start_soon(machine.watch, monitor)
-        stack.callback(child.kill_nowait)  # the first thing to happen at the end: all else follows from it
+            descriptors = _descriptors(wiring)
+            block: AbstractAsyncContextManager[Child] = (
+                leased([*BACK_SEAT, *argv], name=NAME, vm_dir=vm_dir, pass_fds=descriptors)
+                if kept
+                else running(argv, name=NAME, pass_fds=descriptors)
+            )
+            child = await stack.enter_async_context(block)
+        machine = QemuMachine(child, address, console, config)
+        await stack.enter_async_context(_operated(machine, connection))
         yield machine
+
+
+@asynccontextmanager
+async def adopt(config: VMConfig, parked: Parked, *, vm_dir: Path) -> AsyncIterator[Machine]:
+    """Go on with a VM that was parked, as long as the block lasts; it is paused.
+
+    `vm_dir` is where the VM's sockets are now. The descriptors in `parked` stay the caller's.
+
+    Raises: HypervisorError.
+    """
+    async with AsyncExitStack() as stack:
+        console = stack.enter_context(socket.socket(fileno=os.dup(parked.console)))
+        block = taken(NAME, parked.pid, pidfd=parked.pidfd, lease=parked.lease, stderr=parked.stderr)
+        child = await stack.enter_async_context(block)
+        try:
+            connection = stack.enter_context(connect_nowait(vm_dir / QMP_SOCKET))
+        except OSError as exc:
+            raise HypervisorError(f"cannot reach the VMM of VM {parked.vmid} in {vm_dir}: {exc}") from exc
+        address = SerialAddress(vm_dir / AGENT_SOCKET) if parked.cid is None else VsockAddress(parked.cid)
+        machine = QemuMachine(child, address, console, config)
+        machine.paused = True
+        await stack.enter_async_context(_operated(machine, connection))
+        yield machine
+
+
+@asynccontextmanager
+async def _operated(machine: QemuMachine, connection: socket.socket) -> AsyncIterator[None]:
+    """Attend to a machine whose VMM runs; `connection` is to its monitor."""
+    async with background() as nursery, monitoring(connection, machine.handle_event) as monitor:
+        nursery.start_soon(machine.read_console)
+        nursery.start_soon(machine.watch, monitor)
+        try:
+            yield
+        finally:
+            machine.kill_nowait()  # the first thing to happen at the end: all else follows from it
 
 
 async def _enter_jail(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from vc.beginning import Boot, TakeOver
 from vc.errors import GuestGone, HypervisorError
 from vc.hypervisor.base import SharedFSConfig, VMConfig
 from vc.storage.sharedfs import virtiofsd
@@ -228,4 +229,28 @@ async def test_a_share_is_plugged_into_a_running_vm_and_taken_away(
             await vm.agent.check()
             await vm.machine.unplug(share.device)
             await vm.agent.check()
+    traces.assert_none()
+
+
+async def test_a_parked_vm_goes_on_with_its_next_owner_and_ends_with_it(
+    config: VMConfig, shared_dir: Path
+) -> None:
+    traces = Traces(config.run_dir)
+    parked_as = secrets.token_hex(8)
+    async with boot_vm(config, vmid=parked_as, netns="", beginning=Boot(kept=True)) as vm:
+        parked = await vm.park()
+    old, new = (config.run_dir / "vm" / name for name in (parked_as, traces.vmid))
+    assert old.is_dir() and Path(f"/proc/{parked.pid}").exists()
+    assert {
+        os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in Path(f"/proc/{parked.pid}/task").iterdir()
+    } == {os.getpriority(os.PRIO_PROCESS, 0)}
+    async with boot_vm(config, vmid=traces.vmid, shared_dir=shared_dir, beginning=TakeOver(parked)) as vm:
+        assert vm.machine.pid == parked.pid
+        assert new.is_dir() and not old.exists()
+        await vm.agent.check()
+        assert vm.details.agent_details.version
+        os.kill(parked.pid, signal.SIGKILL)
+        with trio.fail_after(LIMIT):
+            assert "was killed by SIGKILL" in str(await vm.wait_gone())
+    parked.close()
     traces.assert_none()

@@ -201,9 +201,12 @@ class QemuMachine(Machine):
             except trio.BrokenResourceError:
                 pass  # QEMU died; `watch` tells
 
+    def command_through(self, monitor: Monitor) -> None:
+        """Give the machine the connection to its VMM."""
+        self._monitor = monitor
+
     async def watch(self, monitor: Monitor) -> None:
         """Find out when and why the VMM died."""
-        self._monitor = monitor
         cause = await self._child.wait_dead()
         with trio.move_on_after(LAST_EVENT_GRACE):
             await monitor.ended.wait()
@@ -294,6 +297,7 @@ async def adopt(config: VMConfig, parked: Parked, *, vm_dir: Path) -> AsyncItera
 async def _operated(machine: QemuMachine, connection: socket.socket) -> AsyncIterator[None]:
     """Attend to a machine whose VMM runs; `connection` is to its monitor."""
     async with background() as nursery, monitoring(connection, machine.handle_event) as monitor:
+        machine.command_through(monitor)
         nursery.start_soon(machine.read_console)
         nursery.start_soon(machine.watch, monitor)
         try:

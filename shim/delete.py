@@ -10,8 +10,6 @@ empty one would mean exit status 0.
 # ruff: noqa: PTH109, PTH112, PTH208
 
 import os
-import select
-import signal
 import time
 
 from shim import address, bundle
@@ -70,6 +68,9 @@ def _end_server(directory: str, args: Args) -> None:
         # Read after the pidfd was opened: what it names now is what the pidfd means.
         if not _serves(pid, args):
             return
+        import select
+        import signal  # 3 ms for its enums
+
         for number, limit in ((signal.SIGTERM, SERVER_GRACE), (signal.SIGKILL, KILL_WAIT)):
             signal.pidfd_send_signal(handle, number)
             if select.select([handle], [], [], limit)[0]:
@@ -108,15 +109,36 @@ def _remove_socket(directory: str) -> None:
 
 
 def _unmount(rootfs: str) -> None:
-    if os.path.isdir(rootfs):
+    if _is_mounted(rootfs):
         from shim import kernel
 
         kernel.unmount_all(rootfs)
 
 
-def _answer(pid: int) -> bytes:
-    from protos.containerd.task_v2_pb2 import DeleteResponse
+def _is_mounted(path: str) -> bool:
+    """Say whether something is mounted on `path`, which nothing is after a normal end: ctypes costs 5 ms."""
+    for char in ("\\", " ", "\t", "\n"):  # Linux, fs/proc_namespace.c, mangle()
+        path = path.replace(char, f"\\{ord(char):03o}")
+    with open("/proc/self/mountinfo", "rb") as file:
+        return f" {path} ".encode(errors="surrogateescape") in file.read()
 
-    response = DeleteResponse(pid=pid, exit_status=KILLED_STATUS)
-    response.exited_at.FromNanoseconds(time.time_ns())
-    return response.SerializeToString()
+
+def _answer(pid: int) -> bytes:
+    """Return a DeleteResponse: protobuf would cost as much time as all the rest.
+
+    Source of the field numbers: task.proto, DeleteResponse, and google/protobuf/timestamp.proto.
+    """
+    seconds, nanos = divmod(time.time_ns(), 10**9)
+    exited_at = _field(1, seconds) + _field(2, nanos)
+    return _field(1, pid) + _field(2, KILLED_STATUS) + b"\x1a" + _varint(len(exited_at)) + exited_at
+
+
+def _field(number: int, value: int) -> bytes:
+    return bytes([number << 3]) + _varint(value)
+
+
+def _varint(value: int) -> bytes:
+    data = b""
+    while value > 0x7F:
+        data, value = data + bytes([value & 0x7F | 0x80]), value >> 7
+    return data + bytes([value])

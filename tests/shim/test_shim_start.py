@@ -209,7 +209,7 @@ def test_delete_of_what_is_gone_already_is_a_success(made: Bundle) -> None:
 
 def test_delete_that_finds_nothing_imports_nothing_that_takes_time(made: Bundle) -> None:
     """It is run after each container, and containerd's client waits for it."""
-    code = "import sys; from shim.__main__ import main; main(); open('modules', 'w').write(' '.join(sys.modules))"
+    code = "from shim.__main__ import main; main(); open('modules', 'w').write(' '.join(sys.modules))"
     argv = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"]
     argv += ["-namespace", "ns", "-address", "/a.sock", "-id", "c1", "-bundle", str(made.path), "delete"]
     subprocess.run(argv, cwd=made.path, check=True, stdout=subprocess.PIPE)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from shim import bundle, stdio_uri
-from shim.exits import Exits
+from shim.exits import SIGKILL, Exits
 from shim.stdio import ProcessIO
 from shim.tasks import KILLED_STATUS, LOST_STATUS, ProcessRecord, State, Stdio, Task, Tasks
 from vc import timeline
@@ -47,6 +47,10 @@ SANDBOX_END_WAIT = (
 )
 MAX_RESOLV_CONF = 64 << 10  # characters
 EXITS_WAIT = 1.0  # seconds for the exits of a sandbox that was ended by a signal
+OOM_INTERVAL = 0.1  # seconds between two events that the guest may tell
+# Seconds that a container may live on after SIGKILL. A guest takes a moment; one that takes longer hides the
+# end or cannot bring it about, and clients, who wait for it without limit, would wait for ever.
+KILL_LIMIT = 30.0
 OUTPUT_END_WAIT = 1.0  # seconds for what a killed background process has still written
 # signal(7): 0 only probes; the others are ignored, or stop or continue, by default.
 HARMLESS_SIGNALS = frozenset({0, 17, 18, 19, 20, 21, 22, 23, 28})
@@ -232,6 +236,7 @@ class Pod:
             for task in self.tasks:  # none if it was deleted meanwhile
                 if task.id == container_id:
                     await self._exits.memory_ran_out(task)
+            await trio.sleep(OOM_INTERVAL)  # or a guest that tells of nothing else would keep us busy
 
     async def end_sandbox(self, limit: float) -> None:
         """End the VM and all that belongs to it; wait at most `limit` seconds, also when cancelled."""
@@ -381,6 +386,8 @@ class Pod:
                     if signal not in HARMLESS_SIGNALS:
                         self._exits.end_unstarted(task, record, 128 + signal)
                     return
+        if signal == SIGKILL and not exec_id:
+            self._nursery.start_soon(self._expect_end, task)
         try:
             if all_processes and not exec_id:
                 await task.container.signal_all(signal)
@@ -388,6 +395,17 @@ class Pod:
                 await record.process.signal(signal)
         except GuestGone:
             pass  # nothing is left to be killed, and whoever waits is being told
+
+    async def _expect_end(self, task: Task) -> None:
+        """See that a container that was killed ends, if need be by the end of its VM."""
+        sandbox = self._sandbox
+        with trio.move_on_after(KILL_LIMIT):
+            await task.init.process.wait()
+        frozen = task.init.state in (State.PAUSED, State.PAUSING)  # then it ends when it is resumed
+        if sandbox is not None and task.init.process.exit is None and not frozen:
+            sandbox.condemn(
+                f"the guest did not end {task.init.name} within {KILL_LIMIT:g} s of its being killed"
+            )
 
     async def pause(self, task_id: str) -> None:
         """Freeze a task."""

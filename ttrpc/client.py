@@ -22,6 +22,7 @@ from google.protobuf.message import Message
 
 from ttrpc.connection import MAX_UNREAD, ClientConnection, LocalProtocolError
 from ttrpc.events import CallFailed, Event, MessageReceived, ResponseReceived
+from ttrpc.frames import MAX_DATA_LENGTH
 from ttrpc.status import Code, StatusError
 
 if TYPE_CHECKING:
@@ -68,10 +69,17 @@ class _Call:
 class Client:
     """Calls on a connection that `run` serves; calls made earlier wait for it."""
 
-    def __init__(self, stream: trio.abc.Stream, *, max_unread: int = MAX_UNREAD) -> None:
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        *,
+        max_unread: int = MAX_UNREAD,
+        max_length: int = MAX_DATA_LENGTH,
+    ) -> None:
+        """`max_unread` and `max_length`: see `ClientConnection`."""
         self.closed = trio.Event()
         self._stream = stream
-        self._connection = ClientConnection(max_unread=max_unread)
+        self._connection = ClientConnection(max_unread=max_unread, max_length=max_length)
         self._calls: dict[int, _Call] = {}
         self._work = trio.lowlevel.ParkingLot()  # the writer, while there is nothing to write
         self._room = trio.lowlevel.ParkingLot()  # senders, while there is too much

@@ -103,8 +103,9 @@ class _Stream:
 class _Connection:
     """What both roles have: frames, an outbox and streams."""
 
-    def __init__(self, max_unread: int) -> None:
-        self._decoder = Decoder()
+    def __init__(self, max_unread: int, max_length: int = MAX_DATA_LENGTH) -> None:
+        self._decoder = Decoder(max_length)
+        self._max_length = max_length
         self._outbox: list[bytes] = []
         self._queued_bytes = 0
         self._streams: dict[int, _Stream] = {}
@@ -273,9 +274,9 @@ class ServerConnection(_Connection):
         if isinstance(frame, Oversized):
             if frame.kind == REQUEST:
                 # It may carry the id of a call that runs, which is not to blame: refuse it, fail nothing.
-                self._refuse(frame.stream_id, _oversized(frame))
+                self._refuse(frame.stream_id, _oversized(frame, self._max_length))
                 return
-            raise _StreamError(Code.RESOURCE_EXHAUSTED, _oversized(frame).message)
+            raise _StreamError(Code.RESOURCE_EXHAUSTED, _oversized(frame, self._max_length).message)
         if frame.stream_id % 2 == 0:
             self._refuse_id(frame, "the ids of a client's streams are odd")
         elif frame.kind == REQUEST:
@@ -336,8 +337,9 @@ class ServerConnection(_Connection):
 class ClientConnection(_Connection):
     """The side that calls."""
 
-    def __init__(self, *, max_unread: int = MAX_UNREAD) -> None:
-        super().__init__(max_unread)
+    def __init__(self, *, max_unread: int = MAX_UNREAD, max_length: int = MAX_DATA_LENGTH) -> None:
+        """`max_length`: bytes of an answer's frame; a server that sends more fails its call."""
+        super().__init__(max_unread, max_length)
         self._next_id = 1
 
     def start_call(
@@ -410,7 +412,8 @@ class ClientConnection(_Connection):
         if stream is None or frame.kind not in (RESPONSE, DATA):
             return  # late, or of a type that PROTOCOL.md reserves
         if isinstance(frame, Oversized):
-            raise _StreamError(Code.RESOURCE_EXHAUSTED, _oversized(frame).message)
+            text = _oversized(frame, self._max_length).message
+            raise _StreamError(Code.RESOURCE_EXHAUSTED, f"{stream.method!r}: {text}")
         if frame.kind == RESPONSE:
             self._receive_response(frame, stream, events)
         elif not stream.method.server_streaming:
@@ -457,8 +460,8 @@ def _encode_failure(status: Status) -> bytes:
     return ttrpc_pb2.Response(status=ttrpc_pb2.Status(code=code, message=message)).SerializeToString()
 
 
-def _oversized(frame: Oversized) -> Status:
-    text = f"a frame of {frame.length} bytes exceeds the limit of {MAX_DATA_LENGTH}"
+def _oversized(frame: Oversized, limit: int) -> Status:
+    text = f"a frame of {frame.length} bytes exceeds the limit of {limit}"
     return Status(Code.RESOURCE_EXHAUSTED, text)
 
 

@@ -68,9 +68,11 @@ def encode_frame(stream_id: int, kind: int, flags: int, data: bytes = b"") -> by
 class Decoder:
     """Cuts incoming bytes into frames. Holds less than one frame of the largest size."""
 
-    __slots__ = ("_buffer", "_skip")
+    __slots__ = ("_buffer", "_max_length", "_skip")
 
-    def __init__(self) -> None:
+    def __init__(self, max_length: int = MAX_DATA_LENGTH) -> None:
+        """`max_length`: bytes of data in a frame; a longer one is skipped."""
+        self._max_length = max_length
         self._buffer = bytearray()
         self._skip = 0  # bytes of an oversized frame that are still to come
 
@@ -87,7 +89,7 @@ class Decoder:
         while len(self._buffer) - offset >= HEADER.size:
             length, stream_id, kind, flags = HEADER.unpack_from(self._buffer, offset)
             end = offset + HEADER.size + length
-            if length > MAX_DATA_LENGTH:
+            if length > self._max_length:
                 frames.append(Oversized(stream_id, kind, length))
                 self._skip = max(0, end - len(self._buffer))
                 offset = min(end, len(self._buffer))

@@ -115,6 +115,10 @@ class Sandbox:
         """Block until the VM died; return why."""
         return await self._vm.wait_gone()
 
+    def condemn(self, cause: str) -> None:
+        """End the VM, because of what its guest does or fails to do. `wait_gone` tells the cause."""
+        self._vm.die(cause)
+
     async def wait_oom(self) -> str:
         """Block until a container runs out of memory; return its id."""
         return await self._vm.agent.wait_oom()

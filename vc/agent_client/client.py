@@ -31,6 +31,7 @@ from vc.errors import (
     VCError,
     WrongState,
 )
+from vc.words import reason
 
 AGENT_PORT = 1024  # the agent's ttrpc server: Kata's vsock port
 FIRST_STDIO_PORT = 0x10000  # chosen by us; Kata's own ports are all below
@@ -39,6 +40,11 @@ REQUEST_TIMEOUT = 60.0  # seconds; Kata's default for every call that is not a w
 CHECK_TIMEOUT = 30.0
 CAUSE_GRACE = 1.0  # how long the watcher of the VMM has to name the cause of a lost connection
 STATE_TIMEOUT = 10.0  # calls on the way to an end: the guest may be sick, and containerd waits
+
+# What the guest may answer at once. The largest answer that we ask for is a piece of output, of 256 KiB.
+MAX_ANSWER = 512 << 10  # bytes
+# In the counters of a container, of all kinds together: a host with as many CPUs and disks has other worries.
+MAX_COUNTERS = 8192
 
 MAX_SIGNAL = 64  # asm-generic/signal.h, _NSIG
 STREAMS_FEATURE = "stdio-streams"  # ours: see protos/kata/agent.proto, WaitProcessResponse
@@ -87,7 +93,7 @@ class AgentClient:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Connect, report started, and serve the connection until it ends or `fail` is called."""
         stream = await self._transport.dial(AGENT_PORT)
-        self._client = Client(stream)
+        self._client = Client(stream, max_length=MAX_ANSWER)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._cancel_on_failure, nursery.cancel_scope)
@@ -216,7 +222,11 @@ class AgentClient:
         """Read a container's counters."""
         request = agent_pb2.StatsContainerRequest(container_id=container_id)
         answer = agent_pb2.StatsContainerResponse
-        return await self._call(_AGENT, "StatsContainer", request, answer, STATE_TIMEOUT)
+        found = await self._call(_AGENT, "StatsContainer", request, answer, STATE_TIMEOUT)
+        if (count := _count(found)) > MAX_COUNTERS:
+            text = f"StatsContainer: the guest tells {count} counters; {MAX_COUNTERS} are the limit"
+            raise AgentError("StatsContainer", Code.OUT_OF_RANGE, text)
+        return found
 
     async def remove_stale_mounts(self) -> None:
         """Let the guest drop directory entries of shared mounts that the host removed."""
@@ -283,12 +293,20 @@ class AgentClient:
         return await self._transport.dial(port)
 
 
+def _count(stats: agent_pb2.StatsContainerResponse) -> int:
+    """Return how many entries there are in lists and maps: two bytes of an answer can make one."""
+    group, memory = stats.cgroup_stats, stats.cgroup_stats.memory_stats
+    disks = sum(len(entries) for _, entries in group.blkio_stats.ListFields())
+    others = (stats.network_stats, group.hugetlb_stats, memory.stats, group.cpu_stats.cpu_usage.percpu_usage)
+    return disks + sum(map(len, others))
+
+
 def _translate(name: str, error: StatusError) -> VCError:
     """Turn a status of the guest into our error; its text is what a user can act on, so it stays first."""
-    status = error.status
-    if status.code in _ERRORS:
-        return _ERRORS[status.code](status.message)
-    return AgentError(name, status.code, status.message)
+    code, text = error.status.code, reason(error.status.message)
+    if code in _ERRORS:
+        return _ERRORS[code](text or f"{name}: the guest's agent gives no reason")
+    return AgentError(name, code, text)
 
 
 @asynccontextmanager

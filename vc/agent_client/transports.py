@@ -311,7 +311,10 @@ async def _open_session(path: Path) -> Session:
         # A random value: the answers to openings of earlier sessions may still be in the line.
         nonce = secrets.randbits(32)
         try:
-            return await open_over_serial(stream, nonce=nonce, timeout=repeat, max_window=MAX_WINDOW)
+            # It is we who open streams. What came on one of the guest's, which nobody accepts, would be kept.
+            return await open_over_serial(
+                stream, nonce=nonce, timeout=repeat, max_window=MAX_WINDOW, backlog=0
+            )
         except trio.BrokenResourceError as exc:
             raise GuestGone(f"the VMM closed the serial line {path}: {exc}") from exc
         except trio.TooSlowError:

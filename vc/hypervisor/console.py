@@ -6,28 +6,14 @@ into a log. The guest is hostile, and its console ends up in front of an adminis
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Callable
+
+from vc.words import printable
 
 MAX_LINES = 200
 MAX_BYTES = 32 * 1024  # of raw text that is kept
 MAX_LINE_BYTES = 512  # a longer line is cut into several
-
-
-# Control sequences (ECMA-48, 5.4: CSI; 5.6: OSC and its like), with which firmware clears the screen and
-# programs colour words: they say nothing to a reader of the line.
-CONTROL = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|[PX\]^_][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-Z\\-~])")
-
-
-def printable(data: bytes) -> str:
-    """Decode bytes without control sequences; what else is not printable becomes an escape."""
-    text = CONTROL.sub(b"", data).decode("utf-8", "backslashreplace").replace("\t", "    ")
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text
-    )
 
 
 class ConsoleTail:

@@ -22,7 +22,7 @@ from pathlib import Path
 import trio
 
 from protos.containerd import task_v2_pb2, task_v3_pb2
-from shim import address, errors, logs
+from shim import address, errors, logs, report
 from shim.announce import Announcer
 from shim.args import Args
 from shim.events import Publisher
@@ -122,7 +122,7 @@ async def run(
             )
             await nursery.start(trio.serve_listeners, connections.serve, [listener])
             nursery.start_soon(connections.watch_idle, stop)
-            await nursery.start(_watch_signals, stop)
+            await nursery.start(_watch_signals, stop, pod)
             timeline.mark("serving")
             await stop.wait()
             leaving()
@@ -177,8 +177,10 @@ class Connections:
         """
         self._note_idle()
         with self._idle:
-            while not self._known and self._is_wanted():
-                await trio.sleep(BUNDLE_INTERVAL)
+            wanted = True
+            while wanted and not self._known:
+                await trio.sleep(BUNDLE_INTERVAL)  # before looking: who waited for us to serve comes first
+                wanted = self._is_wanted()
             if self._known:
                 await trio.sleep_forever()
             log.warning("containerd removed the bundle before it connected: the shim ends")
@@ -192,9 +194,12 @@ def is_same_user(peer: PeerCredentials) -> bool:
     return (peer.uid, peer.gid) == (os.geteuid(), os.getegid())
 
 
-async def _watch_signals(stop: trio.Event, *, task_status: trio.TaskStatus[None]) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+async def _watch_signals(stop: trio.Event, pod: Pod, *, task_status: trio.TaskStatus[None]) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR2) as received:
         task_status.started()
         async for number in received:
+            if number == signal.SIGUSR2:
+                await report.write(pod)
+                continue
             log.warning("%s: the pod and its shim end", signal.Signals(number).name)
             stop.set()

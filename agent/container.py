@@ -57,6 +57,7 @@ class Container:
         self.cgroup = cgroups.Cgroup({})
         self.init: Process | None = None
         self._execs: dict[str, Process] = {}
+        self._state_lock = threading.Lock()  # of `state`; held for moments only
         self._table_lock = threading.Lock()  # of `_execs`; held for moments only
         self._crun = crun
         self._oom = oom
@@ -80,12 +81,13 @@ class Container:
             pipe_size=self._pipe_size,
         )
         self.cgroup = cgroups.of_process(self.init.pid)
-        self.state = CREATED
+        self._move(CREATING, CREATED)
         self.init.on_end(self._init_ended)
         self._oom.add(self.id, self.cgroup)
 
     def _init_ended(self, _status: int) -> None:
-        self.state = STOPPED
+        with self._state_lock:
+            self.state = STOPPED
         self._oom.check(self.id)
 
     def start(self) -> None:
@@ -93,8 +95,13 @@ class Container:
         with self.lock:
             self.require(CREATED, doing="start")
             self._crun.start(self.id)
-            if self.state == CREATED:  # it may have ended by now
-                self.state = RUNNING
+            self._move(CREATED, RUNNING)
+
+    def _move(self, old: str, new: str) -> None:
+        """Change the state, unless the container has ended meanwhile, which the reaper's thread tells."""
+        with self._state_lock:
+            if self.state == old:
+                self.state = new
 
     def exec(self, exec_id: str, message: oci_messages.Process, ports: Ports) -> None:
         """Run one more process. Its id is free again once its exit has been told to somebody."""
@@ -204,14 +211,14 @@ class Container:
         with self.lock:
             self.require(RUNNING, doing="pause")
             self._crun.pause(self.id)
-            self.state = PAUSED
+            self._move(RUNNING, PAUSED)
 
     def resume(self) -> None:
         """Thaw."""
         with self.lock:
             self.require(PAUSED, doing="resume")
             self._crun.resume(self.id)
-            self.state = RUNNING
+            self._move(PAUSED, RUNNING)
 
     def stats(self) -> messages.CgroupStats:
         """Return what the cgroup has counted."""

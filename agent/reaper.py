@@ -114,6 +114,11 @@ class Reaper:
         """Begin to reap, in a thread of its own."""
         threads.start("reaper", self._reap)
 
+    def describe(self) -> str:
+        """Return what is known of children, for a report."""
+        with self._lock:
+            return f"running {sorted(self._children)}, kept exits {self._kept}, expecting {self._expecting}"
+
     def births(self) -> Births:
         """Return the block in which children that we do not know yet may end."""
         return Births(self)

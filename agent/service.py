@@ -108,9 +108,15 @@ class AgentService:
     def get_diagnostic_data(
         self, request: messages.GetDiagnosticDataRequest
     ) -> messages.GetDiagnosticDataResponse:
-        """Return the termination log of a container, the only kind there is."""
+        """Return the termination log of a container; or (own) where this agent is, if something hangs."""
+        if request.log_type == "stacks":
+            from agent import stacks
+
+            return schema.agent.GetDiagnosticDataResponse(data=stacks.collect(self._sandbox))
         if request.log_type != "termination_log":
-            raise InvalidArgument(f'unknown log type "{request.log_type}": termination_log is known')
+            raise InvalidArgument(
+                f'unknown log type "{request.log_type}": termination_log and stacks are known'
+            )
         data = self._sandbox.container(request.container_id).termination_log()
         return schema.agent.GetDiagnosticDataResponse(data=data)
 

@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("--seed", default=secrets.token_hex(4))
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--template", action="store_true")
+    parser.add_argument("--only", default="", help="part of the name of the kinds of life to choose from")
     parser.add_argument("--journal", type=Path, required=True)
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
@@ -26,7 +27,7 @@ def main() -> int:
     with Containerd(runtimes.kata) as containerd:
         if options.template:
             use_template(containerd, containerd.runtime)
-        soak = Soak(containerd, options.seed, journal=options.journal, tell=tell)
+        soak = Soak(containerd, options.seed, journal=options.journal, only=options.only, tell=tell)
         try:
             soak.run(options.first, options.cycles)
         except SoakError as exc:

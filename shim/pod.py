@@ -238,6 +238,15 @@ class Pod:
                     await self._exits.memory_ran_out(task)
             await trio.sleep(OOM_INTERVAL)  # or a guest that tells of nothing else would keep us busy
 
+    async def guest_stacks(self) -> str:
+        """Return where the guest's agent is, or why that is unknown."""
+        if self._sandbox is None:
+            return "there is no sandbox"
+        try:
+            return await self._sandbox.guest_stacks()
+        except VCError as exc:
+            return f"the guest does not say where it is: {exc}"
+
     async def end_sandbox(self, limit: float) -> None:
         """End the VM and all that belongs to it; wait at most `limit` seconds, also when cancelled."""
         self._end_sandbox.set()

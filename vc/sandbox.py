@@ -119,6 +119,10 @@ class Sandbox:
         """End the VM, because of what its guest does or fails to do. `wait_gone` tells the cause."""
         self._vm.die(cause)
 
+    async def guest_stacks(self) -> str:
+        """Ask the guest where its agent is. Raises: VCError."""
+        return await self._vm.agent.stacks()
+
     async def wait_oom(self) -> str:
         """Block until a container runs out of memory; return its id."""
         return await self._vm.agent.wait_oom()

@@ -17,6 +17,7 @@ import pytest
 from tests.harness import leaks, runtimes
 from tests.harness.containerd import Containerd
 from tests.harness.events import Recorder
+from tests.harness.faults import Fault
 from tests.harness.runtimes import Runtime
 
 HERE = Path(__file__).parent
@@ -94,6 +95,12 @@ def no_leaks(containerd: Containerd) -> NoLeaks:
         assert not left, "left behind:\n" + "\n".join(left)
 
     return block
+
+
+@pytest.fixture
+def fault(containerd: Containerd, request: pytest.FixtureRequest) -> Fault:
+    """The fault that the test is about, under the test's name."""
+    return Fault(containerd, request.node.name)
 
 
 @pytest.fixture(autouse=True)

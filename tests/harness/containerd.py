@@ -30,7 +30,7 @@ from tests.harness.runtimes import Runtime
 # A machine that emulates its guests needs some seconds for a boot: a minute is a hang.
 TIMEOUT = 60.0
 STOP_TIMEOUT = 15.0
-DUMP_SECONDS = 1.0  # for the shims to say where they are
+DUMP_SECONDS = 3.0  # for the shims to say where they are
 STATUS_INTERVAL = 0.05  # seconds
 
 CONFIG = """\
@@ -242,6 +242,7 @@ class Containerd:
         for process in processes_of(self.directory):
             if "containerd-shim-kata" in process.argv:
                 os.kill(process.pid, signal.SIGUSR1)
+                os.kill(process.pid, signal.SIGUSR2)
         time.sleep(DUMP_SECONDS)  # nothing tells when the last line is written
 
     def ctr(

@@ -41,6 +41,7 @@ class Host(Protocol):
     journal: Journal
     recorder: Recorder | None
     restarts: int
+    only: str  # part of the names of the lives to choose from
 
     def count(self, what: str) -> None: ...
     def client_abandoned(self) -> None: ...
@@ -88,7 +89,8 @@ def choose(chance: random.Random, table: Mapping[Step, int]) -> Step:
 
 def live(life: Life) -> None:
     """Live one life to its end."""
-    _do(life, choose(life.chance, LIVES), gated=False)
+    kinds = {kind: weight for kind, weight in LIVES.items() if life.host.only in kind.__name__}
+    _do(life, choose(life.chance, kinds), gated=False)
 
 
 def visit(life: Life) -> None:

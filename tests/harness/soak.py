@@ -127,6 +127,7 @@ class Soak:
         seed: str,
         *,
         journal: Path | None = None,
+        only: str = "",
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.containerd = containerd
@@ -136,6 +137,7 @@ class Soak:
         self.figures = Figures()
         self.counts: dict[str, int] = {}
         self.abandoned = 0  # clients that were killed: each leaves the directory of its fifos
+        self.only = only
         self.stopping = threading.Event()
         self.recorder: Recorder | None = None
         self.restarts = 0

@@ -191,6 +191,12 @@ class AgentClient:
         )
         return answer.metrics
 
+    async def stacks(self) -> str:
+        """Return where the threads and processes of our own agent are, as lines for a human."""
+        request = agent_pb2.GetDiagnosticDataRequest(log_type="stacks")
+        answer = agent_pb2.GetDiagnosticDataResponse
+        return (await self._call(_AGENT, "GetDiagnosticData", request, answer, STATE_TIMEOUT)).data
+
     # Containers
 
     async def create_container(self, request: agent_pb2.CreateContainerRequest, *, timeout: float) -> None:

@@ -33,6 +33,7 @@ from yamux.session import Session
 AGENT = methods.service(agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
 HEALTH = methods.service(health_pb2.DESCRIPTOR.services_by_name["Health"])
 SERVING = health_pb2.HealthCheckResponse.SERVING
+RATE = 10.0  # how much faster than the world's the shim's clock runs
 MEMORY_LIMIT = 32 << 20  # bytes by which no guest may make the shim grow
 MAX_COMMAND_LINE = 64 << 10  # bytes
 # The last if a test writes on a line while the session that it breaks does so, too.

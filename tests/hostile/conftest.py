@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.harness.hostile import VMM, Host
+from tests.harness.hostile import RATE, VMM, Host
 from tests.harness.shim_process import ShimProcess, serving
 
 HERE = Path(__file__).parent
 VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
-RATE = 10.0  # how much faster than the world's the shim's clock runs
 PATIENT, IMPATIENT = 40, 6  # seconds of that clock until a guest must have answered
 CONFIG = """
 [hypervisor.qemu]

@@ -410,6 +410,20 @@ async def test_a_logging_program_gets_arguments_identity_and_both_outputs(setup:
     assert (log["out"], log["err"]) == ("to stdout", "to stderr")
 
 
+async def test_a_logging_program_gets_the_one_output_of_a_terminal(setup: Setup) -> None:
+    """As with `nerdctl run -t -d`; the other pipe is there and stays empty."""
+    path = make_logger(setup.directory, "exec 5>&-")
+    await setup.run(stdout=f"binary://{path}", stderr="/nowhere/fifo", terminal=True)
+    await setup.guest.write(b"of the terminal")
+    await setup.guest.end()
+    with trio.fail_after(20):
+        await setup.io.wait_finished()
+        await setup.io.close()
+        await setup.io.end_logger()
+    assert (setup.directory / "log.out").read_text() == "of the terminal"
+    assert (setup.directory / "log.err").read_text() == ""
+
+
 async def test_a_strict_logging_program_that_is_not_ready_is_an_error(setup: Setup) -> None:
     path = make_logger(setup.directory, "exit 3")
     io = setup.make(stdout=f"binary-v2://{path}")

@@ -9,11 +9,13 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from vc.errors import InvalidArgument, VCError
+from vc.errors import VCError
+from vc.storage.beneath import directory_below
 
 # linux/mount.h, MS_*
 MS_RDONLY = 1
@@ -185,7 +187,7 @@ def mount_all(mounts: Sequence[Mount], root: Path) -> None:
     done = False
     try:
         for entry in mounts:
-            _mount_one(entry, _target_below(root, entry.target))
+            _mount_one(entry, root)
         done = True
     except OSError as exc:
         raise VCError(f"cannot mount the root file system: {exc.strerror or exc}") from exc
@@ -194,30 +196,42 @@ def mount_all(mounts: Sequence[Mount], root: Path) -> None:
             unmount_below(root)
 
 
-def _target_below(root: Path, target: str) -> Path:
-    if not target:
-        return root
-    path = (root / target.lstrip("/")).resolve()
-    if not path.is_relative_to(root.resolve()):
-        raise InvalidArgument(f"mount target {target!r} leaves the root file system {str(root)!r}")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def _mount_one(entry: Mount, target: Path) -> None:
+def _mount_one(entry: Mount, root: Path) -> None:
     options = parse_options(entry.options)
     if options.loop or entry.type.startswith("fuse") or len(options.data) > MAX_DATA_BYTES:
-        _mount_by_tool(entry, target)
+        with _target(root, entry) as target:
+            # mount(8) wants a name: that of the directory as it is now.
+            _mount_by_tool(entry, target.readlink() if entry.target else target)
         return
     flags = options.flags
-    if flags & MS_BIND:
-        mount(entry.source, target, "", flags & (MS_BIND | MS_REC))
-        if flags & ~(MS_BIND | MS_REC):
+    with _target(root, entry) as target, _named(entry):
+        if flags & MS_BIND:
+            mount(entry.source, target, "", flags & (MS_BIND | MS_REC))
+        else:
+            mount(entry.source, target, entry.type, flags, options.data)
+    # Opened anew: what was opened before lies under the mount.
+    with _target(root, entry) as target, _named(entry):
+        if flags & MS_BIND and flags & ~(MS_BIND | MS_REC):
             mount("", target, "", flags | MS_REMOUNT | _locked_flags(target))
-    else:
-        mount(entry.source, target, entry.type, flags, options.data)
-    if options.propagation:
-        set_propagation(target, options.propagation)
+        if options.propagation:
+            set_propagation(target, options.propagation)
+
+
+def _target(root: Path, entry: Mount) -> AbstractContextManager[Path]:
+    """Give the directory to mount on, which no symbolic link of the tree can move out of it."""
+    return directory_below(root, entry.target) if entry.target else nullcontext(root)
+
+
+@contextmanager
+def _named(entry: Mount) -> Iterator[None]:
+    """Have errors tell the target as it was ordered, instead of the descriptor that it was opened as."""
+    try:
+        yield
+    except OSError as exc:
+        if not entry.target:
+            raise
+        what = f"mount {entry.source!r} ({entry.type}) on {entry.target!r}"
+        raise OSError(exc.errno, f"{what}: {os.strerror(exc.errno or 0)}") from exc
 
 
 def _mount_by_tool(entry: Mount, target: Path) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +113,60 @@ def test_mount_points_with_blanks_and_backslashes_are_found(tmp_path: Path) -> N
     mount_all([Mount("tmpfs", "tmpfs")], odd)
     assert mounted_below(tmp_path) == [odd]
     assert unmount_below(tmp_path) == 1
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "link", ["/outside", "../../outside", "../../../../../../{outside}", "/proc/self/cwd"]
+)
+def test_a_symbolic_link_in_an_image_does_not_lead_a_mount_out_of_it(tmp_path: Path, link: str) -> None:
+    """The path was once resolved as the host's: an image's own absolute links were refused by luck alone."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    (outside / "sub").mkdir(parents=True)
+    root.mkdir()
+    (root / "var").symlink_to(link.format(outside=str(outside)[1:]))
+    (root / "outside").mkdir()  # where an absolute link leads in the container
+    try:
+        with contextlib.suppress(VCError):  # a link to nowhere
+            mount_all([Mount("tmpfs", "tmpfs", "var/sub")], root)
+        if link == "/outside":
+            assert mounted_below(root) == [root / "outside/sub"]
+    finally:
+        unmount_below(root)
+    assert mounted_below(tmp_path) == []
+    assert list(outside.iterdir()) == [outside / "sub"]
+    assert list((outside / "sub").iterdir()) == []
+
+
+@needs_root
+def test_a_directory_that_becomes_a_link_while_it_is_mounted_on_leads_nowhere(tmp_path: Path) -> None:
+    """A guest that shares the root swaps it between the look at a path and its use."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    (outside / "sub").mkdir(parents=True)
+    root.mkdir()
+    swapper = (
+        "import ctypes, os, sys\n"
+        "os.chdir(sys.argv[1])\n"
+        "os.mkdir('dir'); os.symlink(sys.argv[2], 'link')\n"
+        "print('swapping', flush=True)\n"
+        "here, exchange = -100, 2\n"  # linux/fcntl.h, AT_FDCWD; linux/fs.h, RENAME_EXCHANGE
+        "while ctypes.CDLL(None).renameat2(here, b'dir', here, b'link', exchange) == 0: pass\n"
+    )
+    argv = [sys.executable, "-c", swapper, str(root), str(outside)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE)
+    done = 0
+    try:
+        assert process.stdout is not None and process.stdout.readline() == b"swapping\n"
+        for _ in range(300):
+            with contextlib.suppress(VCError):
+                mount_all([Mount("tmpfs", "tmpfs", "dir/sub")], root)
+                done += 1
+            assert mounted_below(outside) == []
+            unmount_below(root)
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+        unmount_below(tmp_path)
+    assert done
+    assert list((outside / "sub").iterdir()) == []

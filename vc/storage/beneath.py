@@ -1,0 +1,79 @@
+"""Directories in a tree that others write to, opened so that nothing they plant leads out of it.
+
+A container's root is in the hands of its guest, and of whoever made its image. A path into it that is looked
+at first and used later may be another one by then. So it is resolved once, by the kernel, with the tree's top
+as the root for symbolic links and for "..", and used by its descriptor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from vc.errors import InvalidArgument
+
+SYS_OPENAT2 = 437  # asm-generic/unistd.h; the same on every architecture
+# linux/openat2.h
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_IN_ROOT = 0x10
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _OpenHow(ctypes.Structure):
+    """linux/openat2.h, struct open_how."""
+
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def _open(root: int, path: str) -> int:
+    how = _OpenHow(os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+    size = ctypes.c_size_t(ctypes.sizeof(how))
+    result: int = _libc.syscall(SYS_OPENAT2, root, os.fsencode(path), ctypes.byref(how), size)
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    return result
+
+
+@contextmanager
+def directory_below(root: Path, target: str) -> Iterator[Path]:
+    """Give a path by which the directory `target` of the tree can be used; what is missing of it is made.
+
+    The path is good inside the block, whatever happens to the names meanwhile.
+
+    Raises:
+        InvalidArgument: the target is written so that it leaves the tree.
+        OSError: it cannot be opened.
+    """
+    parts = PurePosixPath(target.lstrip("/")).parts
+    if ".." in parts:
+        raise InvalidArgument(f"mount target {target!r} leaves the root file system {str(root)!r}")
+    top = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        found = _open_or_make(top, parts)
+    finally:
+        os.close(top)
+    try:
+        yield Path(f"/proc/self/fd/{found}")
+    finally:
+        os.close(found)
+
+
+def _open_or_make(top: int, parts: tuple[str, ...]) -> int:
+    here = os.dup(top)
+    for index, part in enumerate(parts):
+        try:
+            path = "/".join(parts[: index + 1])
+            try:
+                deeper = _open(top, path)
+            except FileNotFoundError:
+                os.mkdir(part, 0o755, dir_fd=here)
+                deeper = _open(top, path)
+        finally:
+            os.close(here)
+        here = deeper
+    return here

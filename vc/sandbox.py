@@ -36,7 +36,16 @@ from vc.hypervisor.base import VMConfig
 from vc.hypervisor.configure import vm_config
 from vc.monitor import HealthCheck
 from vc.network.scan import interfaces_of
-from vc.oci.mounts import DEFAULT_SHM_BYTES, SHM_OPTIONS, Plan, PlannedMount, clean, plan_mounts, shm_flags
+from vc.oci.mounts import (
+    DEFAULT_SHM_BYTES,
+    SHM_OPTIONS,
+    Plan,
+    PlannedMount,
+    clean,
+    mount_points,
+    plan_mounts,
+    shm_flags,
+)
 from vc.oci.mounts import Mount as SpecMount
 from vc.oci.spec import root as spec_root
 from vc.oci.translate import guest_spec
@@ -156,10 +165,17 @@ class Sandbox:
         self._claimed.add(container_id)
         async with AsyncExitStack() as undo:
             undo.callback(self._claimed.discard, container_id)
-            read_only = spec_root(spec)[1]
-            files = container_rootfs(self._share, container_id, rootfs_mounts, rootfs, read_only=read_only)
+            planned = await trio.to_thread.run_sync(plan_mounts, spec, look)
+            files = container_rootfs(
+                self._share,
+                container_id,
+                rootfs_mounts,
+                rootfs,
+                read_only=spec_root(spec)[1],
+                mount_points=mount_points(spec, planned),
+            )
             guest_root = await enter(undo, files)
-            mounts = await self._share_volumes(undo, container_id, spec)
+            mounts = await self._share_volumes(undo, container_id, planned)
             timeline.mark("root shared")
             request = self._translate(container_id, spec, guest_root, mounts)
             container = Container(
@@ -200,11 +216,11 @@ class Sandbox:
         self.containers.pop(container_id, None)
 
     async def _share_volumes(
-        self, undo: AsyncExitStack, container_id: str, spec: Mapping[str, Any]
+        self, undo: AsyncExitStack, container_id: str, plan: Sequence[PlannedMount]
     ) -> list[SpecMount]:
         """Share what the spec binds from the host; return the mounts as the guest is to make them."""
         mounts = []
-        for planned in await trio.to_thread.run_sync(plan_mounts, spec, look):
+        for planned in plan:
             if planned.note:
                 log.warning("container %s: %s", container_id, planned.note)
             if planned.plan is Plan.SHARE:

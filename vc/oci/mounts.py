@@ -178,6 +178,31 @@ def _plan_share(mount: Mount, host: HostFile) -> PlannedMount:
     return PlannedMount(mount, Plan.SHARE, host, note)
 
 
+@dataclass(frozen=True, slots=True)
+class MountPoint:
+    """A path that the container's root must have."""
+
+    path: str
+    is_directory: bool = True
+
+
+def mount_points(spec: Mapping[str, Any], planned: Sequence[PlannedMount]) -> list[MountPoint]:
+    """Return what the root must have for the mounts and for the working directory. Raises: InvalidArgument.
+
+    What is in another mount is not in the root, and is left to the runtime in the guest.
+    """
+    process = members(spec.get("process") or {}, "process")
+    found = [MountPoint(clean("/" + string(process.get("cwd") or "", "process.cwd")))]
+    above: list[str] = []
+    for entry in planned:
+        path = entry.mount.destination
+        known = entry.host is not None or not entry.mount.is_bind
+        if entry.plan is not Plan.IGNORE and known and not any(is_below(path, place) for place in above):
+            found.append(MountPoint(path, entry.host is None or entry.host.kind is FileKind.DIRECTORY))
+        above.append(path)
+    return found
+
+
 def is_ephemeral(source: str, host: HostFile | None) -> bool:
     """Tell whether a source is a Kubernetes emptyDir in memory, which then lives in the guest's memory."""
     if host is None or host.kind is not FileKind.DIRECTORY:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -40,6 +41,18 @@ MS_SHARED = 1 << 20
 MS_RELATIME = 1 << 21
 MS_STRICTATIME = 1 << 24
 MS_LAZYTIME = 1 << 25
+
+# asm-generic/unistd.h: the newer system calls have the same number on all architectures.
+SYS_OPEN_TREE = 428
+SYS_MOVE_MOUNT = 429
+SYS_MOUNT_SETATTR = 442
+# linux/mount.h, linux/fcntl.h
+OPEN_TREE_CLONE = 1
+MOVE_MOUNT_F_EMPTY_PATH = 4
+MOUNT_ATTR_RDONLY = 1
+AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+AT_RECURSIVE = 0x8000
 
 # linux/fs.h
 MNT_DETACH = 2
@@ -162,12 +175,32 @@ def set_propagation(target: Path, propagation: int) -> None:
 
 
 def bind(source: Path, target: Path, *, read_only: bool = False, recursive: bool = True) -> None:
-    """Bind `source` on `target`, which exists and is of the same kind (directory or file)."""
-    flags = MS_BIND | (MS_REC if recursive else 0)
-    mount(str(source), target, "", flags)
-    if read_only:
-        # mount(2): a bind takes its flags from the source; only a remount can make it read-only.
-        mount("", target, "", MS_BIND | MS_REMOUNT | MS_RDONLY | _locked_flags(target))
+    """Bind `source` on `target`, which exists and is of the same kind (directory or file).
+
+    Wherever the mount travels by propagation, it is what it was when it appeared here. A remount does not
+    travel, so a read-only bind must be read-only before it is anywhere: with all that is mounted below it.
+
+    Raises:
+        OSError: with source and target in its text; read-only binds need Linux 5.12.
+    """
+    what = f"bind {str(source)!r} on {str(target)!r}"
+    flags = OPEN_TREE_CLONE | os.O_CLOEXEC | (AT_RECURSIVE if recursive else 0)
+    tree = _syscall(what, SYS_OPEN_TREE, AT_FDCWD, os.fsencode(source), flags)
+    try:
+        if read_only:
+            attributes = struct.pack("@QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)  # set, clear, propagation, userns
+            flags = AT_EMPTY_PATH | AT_RECURSIVE
+            _syscall(what, SYS_MOUNT_SETATTR, tree, b"", flags, attributes, len(attributes))
+        _syscall(what, SYS_MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
+    finally:
+        os.close(tree)
+
+
+def _syscall(what: str, number: int, *args: int | bytes) -> int:
+    words = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
+    result: int = _libc.syscall(ctypes.c_long(number), *words)
+    _check(min(result, 0), what)
+    return result
 
 
 def _locked_flags(target: Path) -> int:

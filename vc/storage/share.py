@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vc.errors import InvalidArgument, VCError
+from vc.oci.mounts import MountPoint
+from vc.storage.inside import make_mount_points
 from vc.storage.mounts import (
     MS_BIND,
     MS_PRIVATE,
@@ -32,6 +34,7 @@ from vc.storage.mounts import (
 
 GUEST_SHARE = PurePosixPath("/run/kata-containers/shared/containers")  # Kata's mount point of the share
 ROOTFS = "rootfs"
+STAGE = "stage"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,10 @@ class Share:
     def rootfs(self, container_id: str) -> Path:
         """Where the host mounts a container's root."""
         return self.mounts / container_id / ROOTFS
+
+    def stage(self, container_id: str) -> Path:
+        """Where a container's root is put together, out of the guest's sight."""
+        return self.mounts.with_name(STAGE) / container_id
 
     def guest_rootfs(self, container_id: str) -> str:
         """Where the guest finds it."""
@@ -81,8 +88,8 @@ def _prepare(share: Share) -> None:
 
 
 def remove(share: Share) -> None:
-    """Detach every mount of both views, then remove what is left. Safe to run twice."""
-    for directory in (share.shared, share.mounts):
+    """Detach every mount, then remove what is left. Safe to run twice."""
+    for directory in (share.shared, share.mounts, share.mounts.with_name(STAGE)):
         unmount_below(directory)
         # With all mounts gone only our own empty mount points are left. A mount that could not be detached
         # must not have its content deleted, so nothing recursive is done while one is there.
@@ -98,31 +105,50 @@ def check_root(root: Path) -> None:
 
 @contextmanager
 def container_rootfs(
-    share: Share, container_id: str, mounts: Sequence[Mount], root: Path, *, read_only: bool
+    share: Share,
+    container_id: str,
+    mounts: Sequence[Mount],
+    root: Path,
+    *,
+    read_only: bool,
+    mount_points: Sequence[MountPoint] = (),
 ) -> Iterator[str]:
     """Give a container's root to the guest for the length of the block; yield its path there.
 
     `mounts` are containerd's entries. Without any, `root` is mounted already (docker, CRI-O) and is bound.
+    `mount_points` are those that a read-only root must have.
 
     Raises:
         InvalidArgument: there is no root.
         VCError: it cannot be mounted.
     """
-    target = share.rootfs(container_id)
+    target, stage = share.rootfs(container_id), share.stage(container_id)
     target.mkdir(mode=0o755, parents=True)
     try:
         if mounts:
-            mount_all(mounts, target)
+            # Elsewhere first: what changes on a mount that the guest sees already, changes on the host only.
+            stage.mkdir(mode=0o700, parents=True)
+            mount_all(mounts, stage)
         else:
             check_root(root)
-            _bind_volume(root, target, read_only=False)
+            stage = root
         if read_only:
-            mount("", target, "", MS_BIND | MS_REMOUNT | MS_RDONLY)
+            make_mount_points(stage, mount_points)
+        _bind_volume(stage, target, read_only=read_only)
+        _clear_stage(share, container_id)
         yield share.guest_rootfs(container_id)
     finally:
+        _clear_stage(share, container_id)
         unmount_below(target)
         _remove_mount_point(target)
         _remove_mount_point(target.parent)
+
+
+def _clear_stage(share: Share, container_id: str) -> None:
+    stage = share.stage(container_id)
+    unmount_below(stage)
+    _remove_mount_point(stage)
+    _remove_mount_point(stage.parent)
 
 
 @contextmanager

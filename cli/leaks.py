@@ -12,9 +12,15 @@ from vc.config import load
 
 def run(args: argparse.Namespace) -> int:
     """Print one line for each leak, removed or not; fail if one is left."""
-    run_dir = Path(args.run_dir or load(args.config, check_files=False).runtime.run_dir)
+    config = None if args.run_dir else load(args.config, check_files=False)
+    run_dir = Path(args.run_dir) if config is None else config.runtime.run_dir
     containerd = args.containerd_address or os.environ.get("CONTAINERD_ADDRESS") or leaks.CONTAINERD
-    found = leaks.find(run_dir.resolve(), containerd=containerd)
+    found = leaks.find(
+        run_dir.resolve(),
+        containerd=containerd,
+        templates=config.factory.template_path if config else None,
+        cache_socket=config.factory.vm_cache_endpoint if config else None,
+    )
     if not found:
         print(f"nothing is left behind in {str(run_dir)!r}")
         return 0

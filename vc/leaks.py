@@ -19,19 +19,21 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
 from vc.cleanup import KILL_WAIT, belongs_to, remove_directory, start_ticks
 from vc.errors import NotFound, VCError, WrongState
+from vc.factory.templates import TEMPORARY, Templates
+from vc.network.taps import marked_taps, remove_tap
 from vc.persist import store
 from vc.persist.schema import BrokenRecord
 from vc.persist.store import LOCK, Layout
 from vc.storage.mounts import mounted_below, unmount
 from vc.unixsock import connect_nowait
 
-TEMPLATES = "template"  # no VM, but saved ones: where [factory] template_path is by default
+TEMPLATES = "template"  # no VM, but saved ones: the default of [factory] template_path
 YOUNG = 2.0  # seconds, in which whoever made a directory has also locked it
 SHIM_SOCKETS = Path("/run/containerd/s")  # containerd: defaults.DefaultStateDir and the shim library's "s"
 CONTAINERD = "/run/containerd/containerd.sock"  # containerd: defaults.DefaultAddress
@@ -43,9 +45,11 @@ class Kind(Enum):
 
     PROCESS = "process"
     MOUNT = "mount"
+    TAP = "tap"
     SOCKET = "socket"
     FILE = "file"
     DIRECTORY = "directory"
+    TEMPLATE = "template"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,8 @@ class Owners:
     dead_sandboxes: Mapping[str, str]  # and the VM of each, "" if the record does not tell
     live_vms: frozenset[str]
     dead_vms: frozenset[str]
+    templates: Path | None = None  # where they are kept
+    cache_socket: Path | None = None
 
     def owns(self, path: Path) -> bool:
         """Tell whether a path below the run directory belongs to a live sandbox or VM."""
@@ -85,9 +91,18 @@ class Owners:
         return False
 
 
-def find(run_dir: Path, *, containerd: str = CONTAINERD, shim_sockets: Path = SHIM_SOCKETS) -> list[Leak]:
+def find(
+    run_dir: Path,
+    *,
+    containerd: str = CONTAINERD,
+    shim_sockets: Path = SHIM_SOCKETS,
+    templates: Path | None = None,
+    cache_socket: Path | None = None,
+) -> list[Leak]:
     """List what is left in `run_dir`, and elsewhere because of it. Changes nothing."""
     owners = look(run_dir, containerd=containerd, shim_sockets=shim_sockets)
+    dead_vms = owners.dead_vms | {path.name for waste in _waste(templates) for path in waste.glob("run/vm/*")}
+    owners = replace(owners, dead_vms=dead_vms, templates=templates, cache_socket=cache_socket)
     return [leak for finder in FINDERS for leak in finder(owners)]
 
 
@@ -114,8 +129,7 @@ def look(run_dir: Path, *, containerd: str, shim_sockets: Path) -> Owners:
 def is_owned(directory: Path) -> bool:
     """Tell whether a process holds the lock of a directory, or may be about to take it."""
     try:
-        # Also after the clock was set back, so not by the sign alone.
-        if 0 <= time.time() - directory.stat().st_mtime < YOUNG:
+        if _is_young(directory):
             return True
         with (directory / LOCK).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -124,6 +138,11 @@ def is_owned(directory: Path) -> bool:
     except OSError:
         pass  # it is gone, or has no lock and thus no owner
     return False
+
+
+def _is_young(directory: Path) -> bool:
+    # Also after the clock was set back, so not by the sign alone.
+    return 0 <= time.time() - directory.stat().st_mtime < YOUNG
 
 
 def _vm_of(layout: Layout, sandbox_id: str) -> str:
@@ -215,7 +234,42 @@ def _files(owners: Owners) -> Iterator[Leak]:
             yield Leak(Kind.FILE, str(entry), "of no sandbox and no VM")
 
 
-FINDERS: tuple[Callable[[Owners], Iterator[Leak]], ...] = (_processes, _mounts, _shim_sockets, _files)
+def _caches(owners: Owners) -> Iterator[Leak]:
+    """Find the door of a VM cache that is gone. Its VMs are found by their directories."""
+    path = owners.cache_socket
+    if path is not None and refuses(path):
+        yield Leak(Kind.SOCKET, str(path), "nobody listens; of a VM cache that is gone")
+
+
+def _templates(owners: Owners) -> Iterator[Leak]:
+    """Find what a maker of a template left that was killed."""
+    for entry in _waste(owners.templates):
+        yield Leak(Kind.TEMPLATE, str(entry), "half a template, whose maker is gone")
+
+
+def _waste(templates: Path | None) -> list[Path]:
+    """Return what makers of templates left, if none of them lives."""
+    if templates is None or is_owned(templates):
+        return []
+    entries = [entry for entry in _entries(templates) if entry.name.startswith(TEMPORARY) and entry.is_dir()]
+    return [entry for entry in entries if not _is_young(entry)]
+
+
+def _taps(owners: Owners) -> Iterator[Leak]:
+    for name, mark in marked_taps(owners.layout.vms):
+        if mark.name not in owners.live_vms:
+            yield Leak(Kind.TAP, name, f"of VM {mark.name}, which is gone")
+
+
+FINDERS: tuple[Callable[[Owners], Iterator[Leak]], ...] = (
+    _processes,
+    _mounts,
+    _taps,
+    _shim_sockets,
+    _caches,
+    _files,
+    _templates,
+)
 
 
 def remove(leaks: Iterable[Leak]) -> Iterator[tuple[Leak, str]]:
@@ -270,6 +324,8 @@ def _unlink(leak: Leak) -> None:
 
 def _remove_directory(leak: Leak) -> None:
     directory = Path(leak.name)
+    if _is_young(directory):
+        raise WrongState("somebody made it or something in it just now")
     lock = store.SandboxLock(directory)
     try:
         if not lock.acquire_nowait():
@@ -281,10 +337,22 @@ def _remove_directory(leak: Leak) -> None:
         raise WrongState("something in it cannot be removed")
 
 
+def _remove_waste(leak: Leak) -> None:
+    waste = Path(leak.name)
+    # To take the lock removes what is left of makers that had it.
+    with Templates(waste.parent).locked(wait=False) as ours:
+        if not ours:
+            raise WrongState("a template is being made there now")
+    if waste.exists():
+        raise WrongState("something in it cannot be removed")
+
+
 REMOVERS: Mapping[Kind, Callable[[Leak], None]] = {
     Kind.PROCESS: _kill,
     Kind.MOUNT: _unmount,
+    Kind.TAP: lambda leak: remove_tap(leak.name),
     Kind.SOCKET: _unlink_socket,
     Kind.FILE: _unlink,
     Kind.DIRECTORY: _remove_directory,
+    Kind.TEMPLATE: _remove_waste,
 }

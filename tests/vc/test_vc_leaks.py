@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 
 from shim.address import socket_path
 from vc import leaks
-from vc.cleanup import start_ticks
+from vc.cleanup import cleanup_sandbox, start_ticks
 from vc.config import FactoryConfig
+from vc.factory.templates import Templates
 from vc.leaks import Kind, Leak
 from vc.persist import store
 from vc.persist.schema import SandboxRecord
@@ -23,6 +25,7 @@ from vc.unixsock import listen
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
+ROOT = Path(__file__).parents[2]
 SANDBOX = "default--c1"
 VMID = "00112233445566aa"
 CONTAINERD = "/run/test/containerd.sock"
@@ -36,11 +39,19 @@ class Host:
         self.layout = Layout(self.run_dir)
         self.shim_sockets = directory / "s"
         self.shim_sockets.mkdir()
+        self.templates = directory / "template"
+        self.cache_socket = directory / "cache.sock"
         self.stack = stack
         stack.callback(unmount_below, self.run_dir)
 
     def find(self) -> list[Leak]:
-        return leaks.find(self.run_dir, containerd=CONTAINERD, shim_sockets=self.shim_sockets)
+        return leaks.find(
+            self.run_dir,
+            containerd=CONTAINERD,
+            shim_sockets=self.shim_sockets,
+            templates=self.templates,
+            cache_socket=self.cache_socket,
+        )
 
     def found(self) -> set[tuple[Kind, str]]:
         return {(leak.kind, leak.name) for leak in self.find()}
@@ -87,6 +98,15 @@ class Host:
         """Leave a socket on which nobody listens any more."""
         listen(path).close()
         return path
+
+    def half_a_template(self) -> Path:
+        """Leave what a maker of a template leaves when it is killed."""
+        directory = self.templates / "tmp-0123"
+        (directory / "run" / "vm" / VMID).mkdir(mode=0o700, parents=True)
+        self.templates.chmod(0o700)
+        (directory / "memory").write_bytes(b"memory")
+        self.aged(self.templates)
+        return self.aged(directory)
 
     def shim_socket(self, name: str) -> Path:
         """Return where the shim of a sandbox would listen, by its own reckoning."""
@@ -165,6 +185,19 @@ def plant_vm(host: Host) -> tuple[Kind, str]:
     return Kind.DIRECTORY, str(host.vm())
 
 
+def plant_half_a_template(host: Host) -> tuple[Kind, str]:
+    return Kind.TEMPLATE, str(host.half_a_template())
+
+
+def plant_process_of_a_template(host: Host) -> tuple[Kind, str]:
+    host.half_a_template()
+    return Kind.PROCESS, str(host.process(*vmm_words()).pid)
+
+
+def plant_socket_of_a_cache(host: Host) -> tuple[Kind, str]:
+    return Kind.SOCKET, str(host.socket(host.cache_socket))
+
+
 @pytest.mark.parametrize(
     "plant",
     [
@@ -179,6 +212,9 @@ def plant_vm(host: Host) -> tuple[Kind, str]:
         plant_sandbox,
         plant_sandbox_without_a_record,
         plant_vm,
+        plant_half_a_template,
+        plant_process_of_a_template,
+        plant_socket_of_a_cache,
     ],
 )
 def test_what_nobody_owns_is_found_and_removed(host: Host, plant: Callable[[Host], tuple[Kind, str]]) -> None:
@@ -338,3 +374,104 @@ def test_templates_are_no_leak(host: Host) -> None:
     (directory / "key").mkdir(parents=True)
     host.aged(directory)
     assert host.found() == set()
+
+
+def test_a_template_that_is_being_made_is_nobody_elses(host: Host) -> None:
+    waste = host.half_a_template()
+    found = host.find()
+    assert [leak.kind for leak in found] == [Kind.TEMPLATE]
+    with Templates(host.templates).locked(wait=False) as ours:  # takes the waste away
+        assert ours
+        waste.mkdir()
+        host.aged(waste)
+        host.aged(host.templates)
+        process = host.process(*vmm_words())
+        assert host.find() == []
+        [(_, reason)] = list(leaks.remove(found))
+        assert "being made" in reason
+    assert waste.exists() and process.poll() is None
+
+
+def test_what_is_made_anew_between_finding_and_removing_stays(host: Host) -> None:
+    directory = host.sandbox()
+    found = host.find()
+    os.utime(directory)
+    [(_, reason)] = list(leaks.remove(found))
+    assert "just now" in reason
+    assert (directory / store.RECORD).exists()
+
+
+def test_sandboxes_that_come_and_go_lose_nothing_to_a_fixer_beside_them(host: Host) -> None:
+    """A fixer runs all the time, in a process of its own, as `kata-runtime leaks --fix` does."""
+    script = f"""
+import sys, vc.leaks as leaks
+from pathlib import Path
+leaks.YOUNG = 0.5
+print(flush=True)
+while True:
+    for leak, reason in leaks.remove(leaks.find(Path({str(host.run_dir)!r}))):
+        print(leak.name, flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT) as fixer:
+        assert fixer.stdout is not None and fixer.stdout.readline()
+        try:
+            for number in range(200):
+                # Each third one is called as one before that was left by its owner.
+                name = f"default--{number % 3}"
+                cleanup_sandbox(name, host.run_dir)
+                lock = store.claim(host.layout, name)
+                record = SandboxRecord(name, VMID, 1, 2, "/x.toml", 3.0)
+                store.save(host.layout, record)
+                host.aged(host.layout.sandbox(name))
+                assert store.load(host.layout, name) == record
+                if number % 2:
+                    store.forget(host.layout, name)
+                lock.release()
+            assert fixer.poll() is None
+        finally:
+            fixer.kill()
+
+
+TAP = """
+import fcntl, os, struct, sys
+from pathlib import Path
+from vc import leaks
+from vc.network import taps
+
+def add(name, alias):
+    tun = os.open("/dev/net/tun", os.O_RDWR)
+    fcntl.ioctl(tun, taps.TUNSETIFF, struct.pack(taps.IFREQ, name.encode(), taps.IFF_TAP | 0x5000))
+    fcntl.ioctl(tun, taps.TUNSETPERSIST, 1)
+    Path("/sys/class/net", name, "ifalias").write_text(alias)
+    return tun
+
+run_dir = Path(sys.argv[1])
+vms = run_dir / "vm"
+os.close(add("dead", str(vms / "00aa")))
+os.close(add("live", str(vms / "11aa")))
+os.close(add("foreign", "/elsewhere/vm/00aa"))
+os.close(add("unmarked", ""))
+busy = add("busy", str(vms / "22aa"))
+for leak in leaks.find(run_dir):
+    print(leak)
+for leak, reason in leaks.remove(leaks.find(run_dir)):
+    print(leak.name, reason)
+print(*sorted(os.listdir("/sys/class/net")))
+"""
+
+
+@needs_root
+def test_a_tap_of_a_vm_that_is_gone_is_found_and_removed(host: Host) -> None:
+    """In a network namespace of its own, with a view of it in /sys."""
+    if not Path("/dev/net/tun").exists():
+        pytest.skip("/dev/net/tun is missing: the kernel has no taps")
+    host.lock(host.vm("11aa"))
+    (host.layout.vm("11aa") / "qmp.sock").unlink()
+    shell = 'mount -t sysfs sysfs /sys && exec "$@"'
+    argv = ["unshare", "--net", "--mount", "sh", "-c", shell, "sh", sys.executable, "-c", TAP, host.run_dir]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
+    found, again, *removed, left = done.stdout.splitlines()
+    assert found == "tap busy: of VM 22aa, which is gone"
+    assert again == "tap dead: of VM 00aa, which is gone"
+    assert removed == ["busy [Errno 16] Device or resource busy", "dead "]
+    assert left == "busy foreign live lo unmarked"

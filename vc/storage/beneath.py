@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from vc.errors import InvalidArgument
+from vc.oci.mounts import MountPoint
 
 SYS_OPENAT2 = 437  # asm-generic/unistd.h; the same on every architecture
 # linux/openat2.h
@@ -77,3 +78,28 @@ def _open_or_make(top: int, parts: tuple[str, ...]) -> int:
             os.close(here)
         here = deeper
     return here
+
+
+def make_mount_points(root: Path, wanted: Iterable[MountPoint]) -> None:
+    """Make what is missing of the mount points in a container's root, where the container will find them.
+
+    A runtime makes them itself, but not in a root that is read-only for its whole guest. What cannot be made
+    is left for the runtime to complain of.
+    """
+    top = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for point in wanted:
+            with suppress(OSError):
+                _make_mount_point(top, PurePosixPath(point.path.lstrip("/")).parts, point.is_directory)
+    finally:
+        os.close(top)
+
+
+def _make_mount_point(top: int, parts: tuple[str, ...], is_directory: bool) -> None:
+    directory = _open_or_make(top, parts if is_directory else parts[:-1])
+    try:
+        if not is_directory:
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC  # O_EXCL follows no link
+            os.close(os.open(parts[-1], flags, 0o644, dir_fd=directory))
+    finally:
+        os.close(directory)

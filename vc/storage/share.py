@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from vc.errors import InvalidArgument, VCError
 from vc.oci.mounts import MountPoint
-from vc.storage.inside import make_mount_points
+from vc.storage.beneath import make_mount_points
 from vc.storage.mounts import (
     MS_BIND,
     MS_PRIVATE,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vc.oci.mounts import FileKind, HostFile, MountPoint, mount_points, plan_mounts
-from vc.storage.inside import make_mount_points
+from vc.storage.beneath import make_mount_points
 
 
 @pytest.fixture

@@ -6,11 +6,13 @@ would look like success. Only what nobody can promise (NotToBeHad) may still be 
 """
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.harness.agent import RunningAgent, make_rootfs, missing, running_agent
 from tests.skips import NotToBeHad
 
 # How long an example takes says something about the machine: a busy one is no failure.
@@ -18,6 +20,21 @@ settings.register_profile("project", deadline=None, suppress_health_check=[Healt
 settings.load_profile("project")
 
 REQUIRE_ALL = os.environ.get("KATA_REQUIRE_ALL") == "1"
+
+
+@pytest.fixture(scope="session")
+def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root file system for containers of the real agent."""
+    return make_rootfs(tmp_path_factory.mktemp("image") / "rootfs")
+
+
+@pytest.fixture(scope="module")
+def agent() -> Iterator[RunningAgent]:
+    """The real agent, without a VM; one for a file of tests."""
+    if lacking := missing():
+        pytest.skip(f"the real agent needs {lacking}")
+    with running_agent() as running:
+        yield running
 
 
 @pytest.hookimpl(wrapper=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ import trio
 import trio.testing
 
 from protos.kata import agent_pb2, oci_pb2
-from tests.harness.agent import DEADLINE, RunningAgent, make_rootfs, missing, running_agent
+from tests.harness.agent import DEADLINE, RunningAgent, missing, running_agent
 from vc.agent_client.client import AgentClient, connected
 from vc.agent_client.transports import UnixAddress, open_transport
 from vc.background import background
@@ -36,19 +36,6 @@ MIB = 1 << 20
 OUTPUT = StdioRequest(stdout=True, stderr=True)
 ALL = StdioRequest(stdin=True, stdout=True, stderr=True)
 TERMINAL = StdioRequest(stdin=True, stdout=True, terminal=True)
-
-
-@pytest.fixture(scope="module")
-def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_rootfs(tmp_path_factory.mktemp("image") / "rootfs")
-
-
-@pytest.fixture(scope="module")
-def agent() -> Iterator[RunningAgent]:
-    if lacking := missing():
-        pytest.skip(f"the real agent needs {lacking}")
-    with running_agent() as running:
-        yield running
 
 
 def process(*args: str, **fields: Any) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from yamux.connection import BACKLOG, Connection
 from yamux.errors import RemoteProtocolError
 from yamux.frames import DATA, GO_AWAY, PING, RST, SYN, WINDOW_UPDATE, encode_header
 from yamux.resync import Responder
-from yamux.session import MAX_LINGERING, Session, Stream, open_over_serial
+from yamux.serial import open_over_serial
+from yamux.session import MAX_LINGERING, Session, Stream
 from yamux.turns import CHUNK
 
 

@@ -31,7 +31,8 @@ from vc.background import background
 from vc.errors import GuestGone, NotFound, Timeout
 from vc.unixsock import connect_stream
 from yamux.errors import RemoteProtocolError
-from yamux.session import Session, open_over_serial
+from yamux.serial import open_over_serial
+from yamux.session import Session
 
 AGENT_PORT = 1024  # the agent's ttrpc server: Kata's vsock port
 DIAL_TIMEOUT = 10.0  # seconds for one dial of a guest that is up

@@ -49,4 +49,20 @@ def _processes() -> Iterator[str]:
             continue  # it has ended
         state, parent = rest.split()[:2]
         if parent != "2":  # the kernel's own threads
-            yield f"process {name}) {state}, parent {parent}"
+            yield f"process {name}) {state}, parent {parent}{_in_kernel(pid)}"
+
+
+def _in_kernel(pid: str) -> str:
+    """Return where the threads of a process are in the kernel, if that tells, and its signals and parents."""
+    found = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/stack", encoding="utf-8") as file:
+                frames = [line.split()[-1].partition("+")[0] for line in file]
+            found.append(f"{task}: {' < '.join(frames)}")
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+            wanted = ("Sig", "Shd", "NSpid", "Tracer", "Threads")
+            found += [" ".join(line.split()) for line in file if line.startswith(wanted)]
+    except OSError:
+        pass  # it has ended, or the kernel does not tell
+    return "; ".join(["", *found])

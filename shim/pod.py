@@ -242,10 +242,11 @@ class Pod:
         """Return where the guest's agent is, or why that is unknown."""
         if self._sandbox is None:
             return "there is no sandbox"
+        console = "".join(f"\nconsole: {line}" for line in self._sandbox.console())
         try:
-            return await self._sandbox.guest_stacks()
+            return await self._sandbox.guest_stacks() + console
         except VCError as exc:
-            return f"the guest does not say where it is: {exc}"
+            return f"the guest does not say where it is: {exc}{console}"
 
     async def end_sandbox(self, limit: float) -> None:
         """End the VM and all that belongs to it; wait at most `limit` seconds, also when cancelled."""

@@ -8,6 +8,7 @@ after the bytes that are in the fifo by then; a client that goes away ends nothi
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 CHUNK = 256 << 10  # bytes taken from the guest at once
 STDIN_CHUNK = 64 << 10  # bytes; a fifo holds no more by default
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 DRAIN_LIMIT = 10.0  # seconds from exit: then it is reported although the reader has not taken everything
 IDLE_LIMIT = 0.5  # seconds of silence after exit that count as the end, where the guest tells no byte counts
 
@@ -36,6 +38,7 @@ class Copier:
         self.copied = 0  # bytes
         self.ended = False
         self.writing = False
+        self._full = False
         self._name = name
         self._output = output
         self._progress = trio.Event()
@@ -62,13 +65,26 @@ class Copier:
             timeline.mark("first output")
             self.writing = True
             if not broken:
-                try:
-                    await self._output.write_all(data)
-                except OSError as exc:
-                    broken = self._give_up(exc)
+                broken = await self._write(data)
             self.writing = False
             self.copied += len(data)
             self._notify()
+
+    async def _write(self, data: bytes | bytearray) -> bool:
+        """Write; say whether this output is broken for good. A full disk is not: it may have room again."""
+        try:
+            await self._output.write_all(data)
+        except OSError as exc:
+            if exc.errno not in NO_ROOM:
+                return self._give_up(exc)
+            if not self._full:
+                log.warning("%s is lost until there is room: %s", self._name, exc)
+            self._full = True
+        else:
+            if self._full:
+                log.warning("%s is written again: there is room", self._name)
+            self._full = False
+        return False
 
     def _give_up(self, exc: OSError) -> bool:
         """Let the process go on without a reader: it must neither hang nor be killed for one."""

@@ -128,6 +128,10 @@ class Sandbox:
         """End the VM, because of what its guest does or fails to do. `wait_gone` tells the cause."""
         self._vm.die(cause)
 
+    def console(self) -> list[str]:
+        """Return the last lines that the guest printed."""
+        return self._vm.machine.console.lines()
+
     async def guest_stacks(self) -> str:
         """Ask the guest where its agent is. Raises: VCError."""
         return await self._vm.agent.stacks()

@@ -94,8 +94,8 @@ def live(life: Life) -> None:
 
 
 def visit(life: Life) -> None:
-    """Do one step in a container that lives on."""
-    _do(life, choose(life.chance, STEPS))
+    """Do one step in a container that lives on, which others visit, too: nothing that they would notice."""
+    _do(life, choose(life.chance, {step: weight for step, weight in STEPS.items() if step is not _paused}))
 
 
 def _do(life: Life, step: Step, *, gated: bool = True) -> None:

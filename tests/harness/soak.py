@@ -205,7 +205,7 @@ class Soak:
             lives.live(life)
             visitor = lives.Life(self, chance, f"long/{cycle}")
             visitor.container = long
-            for _ in range(LONG_STEPS):
+            for _ in range(0 if self.only else LONG_STEPS):
                 lives.visit(visitor)
         except Exception as exc:
             first = not self.stopping.is_set()

@@ -73,16 +73,17 @@ def build_parser() -> argparse.ArgumentParser:
     env = commands.add_parser("env", aliases=["kata-env"], help="show what is configured and installed")
     env.add_argument("--json", action="store_true", help="as JSON instead of TOML")
     env.add_argument("--keys", action="store_true", help="list the configuration keys instead")
-    factory = commands.add_parser("factory", help="steer the template that VMs are started from")
+    factory = commands.add_parser("factory", help="steer what VMs are started from: template and cache")
     actions = factory.add_subparsers(dest="action", metavar="ACTION", required=True)
-    init = actions.add_parser("init", help="make the template, unless there is one")
+    init = actions.add_parser("init", help="make the template, unless there is one, and run the VM cache")
     init.add_argument(
         "--background",
         action="store_true",
-        help="use only processor time that nobody else wants, and end if another process is making one",
+        help="make no more than the template, in processor time that nobody else wants, unless another "
+        "process is making one",
     )
-    actions.add_parser("status", help="tell whether there is a template")
-    actions.add_parser("destroy", help="remove all templates")
+    actions.add_parser("status", help="tell what there is and what it costs")
+    actions.add_parser("destroy", help="end the VM cache and remove all templates")
     return parser
 
 
@@ -125,7 +126,7 @@ def run_env(args: argparse.Namespace) -> int:
 
 
 def run_factory(args: argparse.Namespace) -> int:
-    """Steer the template that VMs are started from."""
+    """Steer what VMs are started from."""
     from cli.factory import run_factory
 
     return run_factory(args)

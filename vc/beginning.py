@@ -23,9 +23,7 @@ from vc.errors import HypervisorError
 from vc.hypervisor.base import Device, Machine, VMConfig
 from vc.hypervisor.parked import Parked
 from vc.hypervisor.qemu.driver import adopt, launch
-from vc.persist.store import SandboxLock, make_private
-
-NAME_FILE = "name"  # in a VM's directory: what the VMM is called, if not as the directory
+from vc.persist.store import VMM_NAME, SandboxLock, make_private
 
 
 class VMDirectory:
@@ -160,7 +158,7 @@ class TakeOver(Beginning):
     def directory(self, path: Path) -> VMDirectory:
         """Rename the directory, with sockets and lock in it. The VMM's name cannot be changed: note it."""
         old = path.with_name(self._parked.vmid)
-        (old / NAME_FILE).write_text(self._parked.vmid)
+        (old / VMM_NAME).write_text(self._parked.vmid)
         old.rename(path)
         return VMDirectory(path, SandboxLock.held(os.dup(self._parked.lock)))
 

@@ -128,7 +128,8 @@ def _kill_owner(record: SandboxRecord | None) -> None:
 
 def remove_vm(layout: Layout, vmid: str) -> None:
     """Kill a VM's processes and remove its directory."""
-    kill_processes(vmid)
+    for name in layout.names_of(vmid):
+        kill_processes(name)
     directory = layout.vm(vmid)
     if directory.exists():
         remove_directory(directory)

@@ -114,7 +114,9 @@ def look(run_dir: Path, *, containerd: str, shim_sockets: Path) -> Owners:
     vm_of = {name: _vm_of(layout, name) for name in sandboxes}
     vms = {entry.name for entry in _entries(layout.vms) if entry.is_dir()}
     live_vms = {vm_of[name] for name in live} | {name for name in vms if is_owned(layout.vm(name))}
+    live_vms = {name for vmid in live_vms for name in layout.names_of(vmid)}
     live_vms.add(TEMPLATES)
+    dead_vms = {name for vmid in vms | set(vm_of.values()) for name in layout.names_of(vmid)}
     return Owners(
         layout,
         containerd,
@@ -122,7 +124,7 @@ def look(run_dir: Path, *, containerd: str, shim_sockets: Path) -> Owners:
         live_sandboxes=live,
         dead_sandboxes={name: vm_of[name] for name in sandboxes if name not in live},
         live_vms=frozenset(live_vms),
-        dead_vms=frozenset((vms | set(vm_of.values())) - live_vms - {""}),
+        dead_vms=frozenset(dead_vms - live_vms - {""}),
     )
 
 

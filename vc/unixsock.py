@@ -31,9 +31,9 @@ def short_address(path: Path) -> Iterator[str]:
         os.close(directory)
 
 
-def listen(path: Path) -> socket.socket:
+def listen(path: Path, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
     """Listen at `path`, for our own user only. The caller closes the socket and removes the file."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
     try:
         # The mode of an unbound socket becomes the file's: there is no moment at which others may connect.
         os.fchmod(listener.fileno(), 0o600)
@@ -46,9 +46,9 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-def connect_nowait(path: Path) -> socket.socket:
+def connect_nowait(path: Path, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
     """Connect to a listening socket at `path`. Does not wait for the other side to accept."""
-    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    client = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
     try:
         client.settimeout(0)  # a full backlog is an error (EAGAIN) and not a wait
         with short_address(path) as address:

@@ -9,8 +9,13 @@ from vc.factory.direct import DirectFactory
 
 def make_factory(config: Config) -> Factory:
     """Return the factory of VMs. `config` is that of all pods, before any pod's annotations."""
+    factory: Factory = DirectFactory()
     if config.factory.enable_template:
         from vc.factory.template import template_factory
 
-        return template_factory(config)
-    return DirectFactory()
+        factory = template_factory(config)
+    if config.factory.vm_cache_number:
+        from vc.factory.cache import CacheFactory
+
+        factory = CacheFactory(config.factory.vm_cache_endpoint, factory)
+    return factory

@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 
 from protos.kata import agent_pb2
 from vc.background import background
-from vc.beginning import Restore, Snapshot
+from vc.beginning import Boot, Restore, Snapshot
 from vc.config import Config
 from vc.errors import HypervisorError, Unsupported
 from vc.factory.identity import identify
@@ -51,11 +51,15 @@ class Place(TypedDict):
 class TemplateFactory:
     """Restores, or boots. See `vc.factory.Factory`."""
 
-    def __init__(self, templates: Templates, base: VMConfig, config_path: Path | None = None) -> None:
+    def __init__(
+        self, templates: Templates, base: VMConfig, config_path: Path | None = None, *, kept: bool = False
+    ) -> None:
         """`base` is the VM that the template is made of.
 
-        With the path of the configuration that says so, a missing template is made by another process.
+        With the path of the configuration that says so, a missing template is made by another process. A VM
+        that is `kept` can be parked.
         """
+        self._kept = kept
         self._templates = templates
         self._base = base
         self._config_path = config_path
@@ -75,7 +79,9 @@ class TemplateFactory:
                 log.warning("booting: the template is not used: %s", exc)
                 key = ""  # and none is made
             if vm is None:
-                vm = await stack.enter_async_context(boot_vm(config, **place))
+                vm = await stack.enter_async_context(
+                    boot_vm(config, **place, beginning=Boot(kept=self._kept))
+                )
                 if key:
                     await self._after_boot(stack, key)
             yield vm
@@ -102,7 +108,8 @@ class TemplateFactory:
 
     async def _restored(self, stack: AsyncExitStack, config: VMConfig, place: Place, key: str) -> VM | None:
         """Restore a VM on `stack`; None if that is not possible. Raises: ForeignTemplate, Unsupported."""
-        config = replace(config, dial_timeout=min(config.dial_timeout, RESTORE_TIMEOUT))
+        if not self._kept:
+            config = replace(config, dial_timeout=min(config.dial_timeout, RESTORE_TIMEOUT))
         memory = new_memory(config.memory_mib * MIB)
         try:
             with self._templates.opened(key) as template:
@@ -110,13 +117,17 @@ class TemplateFactory:
                     log.info("booting: there is no template %s yet", key)
                     return None
                 snapshot = _snapshot(template, memory, config.memory_mib * MIB)
-                vm = await stack.enter_async_context(boot_vm(config, **place, beginning=Restore(snapshot)))
+                vm = await stack.enter_async_context(
+                    boot_vm(config, **place, beginning=Restore(snapshot, kept=self._kept))
+                )
                 log.info("VM %s goes on from template %s", vm.vmid, key)
                 return vm
         except BrokenTemplate as exc:
             log.warning("booting: template %s is thrown away: %s", key, exc)
             self._templates.discard(key)
         except HypervisorError as exc:
+            if self._kept:
+                raise  # it is made at low priority: that it took too long says nothing against the template
             log.warning("booting: template %s is thrown away, since no VM comes out of it: %s", key, exc)
             self._templates.discard(key)
             if not _caused_by(exc, DamagedMemory):

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import resource
+import select
 import signal
 import subprocess
 from abc import ABC, abstractmethod
@@ -152,12 +153,24 @@ class OwnChild(Child):
 
     async def reap(self) -> int:
         """See `Child.reap`."""
-        await trio.lowlevel.wait_readable(self.pidfd)
+        await wait_exited(self.pidfd)
         result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
         assert result is not None  # without WNOHANG there is always one
         status = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
         self._process.returncode = status  # or Popen would believe that it still runs
         return status
+
+
+async def wait_exited(pidfd: int) -> None:
+    """Block until a process has ended.
+
+    Asks again, because trio may wake a task for a descriptor of the same number that was closed a moment ago.
+    """
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    while not poll.poll(0):
+        await trio.lowlevel.wait_readable(pidfd)
+    await trio.lowlevel.checkpoint()
 
 
 @asynccontextmanager

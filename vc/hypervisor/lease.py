@@ -7,6 +7,7 @@ on in one message with all else that an owner needs, and the old owner closes wh
 
 from __future__ import annotations
 
+import array
 import os
 import socket
 import sys
@@ -17,13 +18,15 @@ from pathlib import Path
 import trio
 
 from vc.errors import HypervisorError
-from vc.hypervisor.children import Child, attended, spawn
+from vc.hypervisor.children import Child, attended, spawn, wait_exited
 
 KEEPER = Path(__file__).with_name("keeper.py")
 MAX_MESSAGE = 512  # bytes from a keeper
+INT_SIZE = array.array("i").itemsize
 START_TIMEOUT = 20.0  # seconds for an interpreter to start on a busy host
-LOWEST_PRIORITY = 19  # sched(7), "nice"
-BACK_SEAT = ("nice", "-n", str(LOWEST_PRIORITY))  # coreutils; in front of a command line
+# In front of a command line (coreutils): others go first. Not last of all: 10 is a tenth of a busy processor
+# and 19 a seventieth (Linux, kernel/sched/core.c: sched_prio_to_weight), which no timeout survives.
+BACK_SEAT = ("nice", "-n", "10")
 
 
 class LeasedChild(Child):
@@ -36,12 +39,15 @@ class LeasedChild(Child):
 
     async def reap(self) -> int | None:
         """See `Child.reap`: the keeper tells the status on the lease."""
-        await trio.lowlevel.wait_readable(self.pidfd)
-        await trio.lowlevel.wait_readable(self.lease)
-        try:
-            return int(os.read(self.lease, MAX_MESSAGE))
-        except (OSError, ValueError):
-            return None  # the keeper was killed
+        await wait_exited(self.pidfd)
+        while True:
+            await trio.lowlevel.wait_readable(self.lease)
+            try:
+                return int(os.read(self.lease, MAX_MESSAGE))
+            except BlockingIOError:
+                continue  # see `wait_exited`
+            except (OSError, ValueError):
+                return None  # the keeper was killed
 
 
 @asynccontextmanager
@@ -59,6 +65,7 @@ async def leased(
             keeper_argv = [sys.executable, "-I", "-S", str(KEEPER), str(theirs.fileno())]
             keeper_argv += [f"sandbox-{vm_dir.name},keeper"]
             process, stderr = spawn(keeper_argv, f"the keeper of {name}", [*pass_fds, theirs.fileno()])
+        os.set_blocking(lease.fileno(), False)
         try:
             lease.send(b"".join(os.fsencode(word) + b"\0" for word in (str(vm_dir), *argv)))
             process.wait()  # it forks at once
@@ -79,8 +86,7 @@ async def _started(lease: socket.socket, name: str) -> tuple[int, int]:
     data = b""
     descriptors: list[int] = []
     with trio.move_on_after(START_TIMEOUT):
-        await trio.lowlevel.wait_readable(lease)
-        data, descriptors, _, _ = socket.recv_fds(lease, MAX_MESSAGE, 1, socket.MSG_CMSG_CLOEXEC)
+        data, descriptors = await receive(lease, MAX_MESSAGE, 1)
     if len(descriptors) == 1:
         return int(data), descriptors[0]
     why = data.decode(errors="replace") or f"its keeper ended or did nothing for {START_TIMEOUT:g} s"
@@ -93,6 +99,25 @@ def front_seat(pid: int) -> None:
     for thread in Path(f"/proc/{pid}/task").iterdir():
         with suppress(ProcessLookupError):
             os.setpriority(os.PRIO_PROCESS, int(thread.name), ours)
+
+
+async def receive(connection: socket.socket, size: int, count: int) -> tuple[bytes, list[int]]:
+    """Receive one record of at most `size` bytes, and up to `count` descriptors. Raises: OSError."""
+    flags = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+    while True:
+        await trio.lowlevel.wait_readable(connection)
+        try:
+            data, ancillary, _, _ = connection.recvmsg(size, socket.CMSG_SPACE(count * INT_SIZE), flags)
+        except BlockingIOError:
+            continue  # see `wait_exited`
+        return data, [descriptor for message in ancillary for descriptor in _rights(*message)]
+
+
+def _rights(level: int, kind: int, data: bytes) -> list[int]:
+    """Return the descriptors in an ancillary message: cmsg(3). Python 3.11's recv_fds ignores its flags."""
+    if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+        return []
+    return array.array("i", data[: len(data) - len(data) % INT_SIZE]).tolist()
 
 
 @asynccontextmanager

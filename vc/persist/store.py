@@ -18,11 +18,12 @@ from vc.persist.schema import MAX_RECORD_BYTES, BrokenRecord, SandboxRecord, for
 RECORD = "persist.json"
 TEMPORARY = ".tmp"  # its suffix until it is whole
 LOCK = "lock"
+VMM_NAME = "name"  # in a VM's directory: what its VMM is called, if not as the directory
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where things of sandboxes and VMs are, below `run_dir`. Pure."""
+    """Where things of sandboxes and VMs are, below `run_dir`."""
 
     run_dir: Path
 
@@ -43,6 +44,13 @@ class Layout:
     def vm(self, vmid: str) -> Path:
         """Directory of one VM: its sockets."""
         return self.vms / vmid
+
+    def names_of(self, vmid: str) -> set[str]:
+        """Return the names that a VM's processes may have. Reads a file."""
+        try:
+            return {vmid, (self.vm(vmid) / VMM_NAME).read_text()}
+        except (OSError, ValueError):
+            return {vmid}
 
     def mounts(self, sandbox_id: str) -> Path:
         """Where the host makes the bind mounts that the guest is to see."""

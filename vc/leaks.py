@@ -25,6 +25,7 @@ from pathlib import Path
 
 from vc.cleanup import KILL_WAIT, belongs_to, remove_directory, start_ticks
 from vc.errors import NotFound, VCError, WrongState
+from vc.factory.handover import handover_path
 from vc.factory.templates import TEMPORARY, Templates
 from vc.network.taps import marked_taps, remove_tap
 from vc.persist import store
@@ -237,10 +238,11 @@ def _files(owners: Owners) -> Iterator[Leak]:
 
 
 def _caches(owners: Owners) -> Iterator[Leak]:
-    """Find the door of a VM cache that is gone. Its VMs are found by their directories."""
-    path = owners.cache_socket
-    if path is not None and refuses(path):
-        yield Leak(Kind.SOCKET, str(path), "nobody listens; of a VM cache that is gone")
+    """Find the doors of a VM cache that is gone. Its VMs are found by their directories."""
+    if owners.cache_socket is not None:
+        for path in (owners.cache_socket, handover_path(owners.cache_socket)):
+            if refuses(path):
+                yield Leak(Kind.SOCKET, str(path), "nobody listens; of a VM cache that is gone")
 
 
 def _templates(owners: Owners) -> Iterator[Leak]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ import pytest
 
 from shim.address import socket_path
 from vc import leaks
-from vc.cleanup import cleanup_sandbox, start_ticks
+from vc.cleanup import cleanup_sandbox, remove_vm, start_ticks
 from vc.config import FactoryConfig
+from vc.factory.handover import handover_path
 from vc.factory.templates import Templates
 from vc.leaks import Kind, Leak
 from vc.persist import store
@@ -198,6 +200,10 @@ def plant_socket_of_a_cache(host: Host) -> tuple[Kind, str]:
     return Kind.SOCKET, str(host.socket(host.cache_socket))
 
 
+def plant_socket_at_which_a_cache_handed_over(host: Host) -> tuple[Kind, str]:
+    return Kind.SOCKET, str(host.socket(handover_path(host.cache_socket)))
+
+
 @pytest.mark.parametrize(
     "plant",
     [
@@ -215,6 +221,7 @@ def plant_socket_of_a_cache(host: Host) -> tuple[Kind, str]:
         plant_half_a_template,
         plant_process_of_a_template,
         plant_socket_of_a_cache,
+        plant_socket_at_which_a_cache_handed_over,
     ],
 )
 def test_what_nobody_owns_is_found_and_removed(host: Host, plant: Callable[[Host], tuple[Kind, str]]) -> None:
@@ -475,3 +482,18 @@ def test_a_tap_of_a_vm_that_is_gone_is_found_and_removed(host: Host) -> None:
     assert again == "tap dead: of VM 00aa, which is gone"
     assert removed == ["busy [Errno 16] Device or resource busy", "dead "]
     assert left == "busy foreign live lo unmarked"
+
+
+def test_a_vm_that_changed_its_owner_is_known_by_the_name_that_its_vmm_has(host: Host) -> None:
+    waited_as = "a1" * 8
+    host.sandbox()
+    directory = host.vm()
+    (directory / "name").write_text(waited_as)
+    host.aged(directory)
+    vmm = host.process(*vmm_words(waited_as))
+    assert (Kind.PROCESS, str(vmm.pid)) in host.found()
+    host.lock(directory)
+    assert (Kind.PROCESS, str(vmm.pid)) not in host.found()
+    remove_vm(host.layout, VMID)
+    assert vmm.wait() == -signal.SIGKILL
+    assert not directory.exists()

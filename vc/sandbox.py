@@ -112,7 +112,7 @@ class Sandbox:
 
     @property
     def pid(self) -> int:
-        """The VMM's process id on the host; it lives in the pod's network namespace."""
+        """The VMM's process id on the host; it lives in the pod's network namespace, or in an empty one."""
         return self._vm.machine.pid
 
     @property
@@ -325,7 +325,7 @@ def _vm_config(spec: SandboxSpec, config: Config) -> VMConfig:
 
 def _report_interfaces(spec: SandboxSpec, vmm_pid: int) -> None:
     """Say what the pod's network namespace has and the VM will not get."""
-    names = interfaces_of(vmm_pid) if spec.netns is not None else []
+    names = interfaces_of(vmm_pid, spec.netns) if spec.netns is not None else []
     if names:
         log.warning(
             "network namespace %s has interfaces %s: this version gives the VM no network, "

@@ -1,11 +1,12 @@
 """What is in a pod's network namespace, without entering it.
 
 A process that runs in the namespace shows its interfaces in /proc/PID/net/dev, so neither netlink nor a
-change of namespace is needed to look.
+change of namespace is needed to look. Only if there is none, a program enters the namespace and reads it.
 """
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 LOOPBACK = "lo"
@@ -17,9 +18,15 @@ def parse_interfaces(text: str) -> list[str]:
     return [name for name in names if name != LOOPBACK]
 
 
-def interfaces_of(pid: int) -> list[str]:
-    """Name the interfaces that process `pid` sees; empty if it is gone."""
+def interfaces_of(pid: int, netns: str = "") -> list[str]:
+    """Name the interfaces of a namespace: that of process `pid`, which mostly is also that of `netns`.
+
+    Empty if it is gone. Blocks for some milliseconds if the process is in another one than `netns`.
+    """
     try:
-        return parse_interfaces(Path(f"/proc/{pid}/net/dev").read_text())
-    except OSError:
+        if not netns or Path(f"/proc/{pid}/ns/net").samefile(netns):
+            return parse_interfaces(Path(f"/proc/{pid}/net/dev").read_text())
+        argv = ["nsenter", f"--net={netns}", "--", "cat", "/proc/self/net/dev"]
+        return parse_interfaces(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
+    except (OSError, subprocess.CalledProcessError):
         return []

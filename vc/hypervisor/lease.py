@@ -93,6 +93,15 @@ async def _started(lease: socket.socket, name: str) -> tuple[int, int]:
     raise HypervisorError(f"cannot start {name}: {why}")
 
 
+def keeper_of(pid: int) -> int:
+    """Return the keeper of a process, its parent; 0 if the process is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(stat.rpartition(")")[2].split()[1])  # proc(5): field 4; the name may hold blanks and brackets
+
+
 def front_seat(pid: int) -> None:
     """Give each thread of a process our own priority, after it was started with `BACK_SEAT`."""
     ours = os.getpriority(os.PRIO_PROCESS, 0)

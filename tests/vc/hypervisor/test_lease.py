@@ -12,7 +12,7 @@ import trio
 
 from vc.errors import HypervisorError
 from vc.hypervisor.children import prefix
-from vc.hypervisor.lease import KEEPER, leased, taken
+from vc.hypervisor.lease import KEEPER, keeper_of, leased, taken
 from vc.hypervisor.parked import close_all, duplicate
 
 LIMIT = 20  # seconds; what hangs is to fail and not to hang the tests
@@ -36,11 +36,6 @@ async def wait_removed(directory: Path) -> None:
     with trio.fail_after(LIMIT):
         while directory.exists():
             await trio.sleep(0.01)  # nothing tells
-
-
-def keeper_of(pid: int) -> int:
-    stat = Path(f"/proc/{pid}/stat").read_text()
-    return int(stat.rpartition(")")[2].split()[1])
 
 
 async def test_the_end_of_the_block_ends_the_process_and_its_keeper(vm_dir: Path) -> None:

@@ -39,9 +39,10 @@ from vc.hypervisor.base import (
 )
 from vc.hypervisor.children import Child, prefix, running
 from vc.hypervisor.console import ConsoleTail
+from vc.hypervisor.groups import bring_here
 from vc.hypervisor.jail import Jail, Needs
 from vc.hypervisor.jail import jail as make_jail
-from vc.hypervisor.lease import BACK_SEAT, LeasedChild, front_seat, leased, taken
+from vc.hypervisor.lease import BACK_SEAT, LeasedChild, front_seat, keeper_of, leased, taken
 from vc.hypervisor.parked import Parked, duplicate, with_descriptors
 from vc.hypervisor.qemu import qmp
 from vc.hypervisor.qemu.command import HOTPLUG_PORTS, SHARE_EVENT_IDX, Vsock, Wiring, command_line
@@ -282,6 +283,9 @@ async def adopt(config: VMConfig, parked: Parked, *, vm_dir: Path) -> AsyncItera
         console = stack.enter_context(socket.socket(fileno=os.dup(parked.console)))
         block = taken(NAME, parked.pid, pidfd=parked.pidfd, lease=parked.lease, stderr=parked.stderr)
         child = await stack.enter_async_context(block)
+        nursery = await stack.enter_async_context(background())
+        # Nobody waits for it: to move a process takes the kernel some milliseconds for each hierarchy.
+        nursery.start_soon(trio.to_thread.run_sync, bring_here, parked.pid, keeper_of(parked.pid))
         try:
             connection = stack.enter_context(connect_nowait(vm_dir / QMP_SOCKET))
         except OSError as exc:

@@ -54,6 +54,7 @@ class Container:
         self.init_names = {"", container_id}  # what calls may name the init process by
         self.spec: oci_messages.Spec | None = None
         self.storages: list[str] = []  # mount points, in the order of their mounting
+        self.submounts: list[str] = []  # directories of the share: see `mounts.keep_submount`
         self.cgroup = cgroups.Cgroup({})
         self.init: Process | None = None
         self._execs: dict[str, Process] = {}

@@ -171,6 +171,36 @@ def mounted() -> list[MountEntry]:
         return parse_mountinfo(file.read())
 
 
+def keep_submount(path: str) -> None:
+    """Let the file system that the host has at a directory of the share be mounted here as well.
+
+    virtiofs mounts it by itself, in the namespace of whoever walks there first. If that is a container's, the
+    file system ends with the container's last process, and Linux does not wait for what that process was
+    reading ahead when it was killed: "VFS: Busy inodes after unmount of virtiofs", and a process that has
+    ended and can never be reaped. Kept here, it lives until `drop_submount`.
+    """
+    try:
+        # Not stat(2), which mounts nothing.
+        os.close(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError:
+        pass  # a file, or nothing at all: whoever mounts it tells
+
+
+def drop_submount(path: str) -> None:
+    """End what `keep_submount` kept, once nobody else uses it.
+
+    virtiofsd serves one request after the other. When it has answered the first of two, it has answered what
+    was read ahead; when it has answered the second, the end of that file as well.
+    """
+    if is_mounted(path):
+        try:
+            os.statvfs(path)
+            os.statvfs(path)
+        except OSError:
+            pass  # the host was faster
+        unmount(path)
+
+
 def root_is_initramfs() -> bool:
     """Whether / is the initial file system, from which no container's root can be pivoted: pivot_root(2)."""
     return all(entry.fstype == "rootfs" for entry in mounted() if entry.target == "/")

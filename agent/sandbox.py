@@ -189,9 +189,11 @@ class Sandbox:
         for name, value in oci.net_sysctls(spec).items():
             with open(f"/proc/sys/{name}", "w", encoding="utf-8") as file:
                 file.write(value)
+        root = os.path.join(container.bundle, spec.Root.Path)
+        self._keep_submounts(container, [root, *(entry.source for entry in spec.Mounts)])
         config = oci.config(
             spec,
-            root=os.path.join(container.bundle, spec.Root.Path),
+            root=root,
             namespaces=self._namespaces(shared_pid=request.sandbox_pidns),
             cgroups_path=oci.cgroups_path(spec.Linux.CgroupsPath, container.id),
         )
@@ -211,6 +213,12 @@ class Sandbox:
         if shared_pid:
             joined["pid"] = self._shared_pid_namespace
         return joined
+
+    def _keep_submounts(self, container: Container, paths: list[str]) -> None:
+        for path in paths:
+            if path.startswith(f"{self.root}/{files.SHARE}/"):
+                mounts.keep_submount(path)
+                container.submounts.append(path)
 
     def _undo(self, container: Container) -> None:
         try:
@@ -239,6 +247,9 @@ class Sandbox:
         init = container.init
         if init is not None and self._shared_pid_namespace == f"/proc/{init.pid}/ns/pid":
             self._shared_pid_namespace = ""
+        for path in container.submounts:
+            mounts.drop_submount(path)
+        container.submounts.clear()
         for mount_point in reversed(container.storages):
             self.storages.release(mount_point)
         container.storages.clear()

@@ -19,8 +19,8 @@ from google.protobuf.message import DecodeError
 
 from protos.kata import agent_pb2
 from vc import timeline
-from vc.errors import HypervisorError
-from vc.hypervisor.base import Device, Machine, VMConfig
+from vc.errors import HypervisorError, NotRestored
+from vc.hypervisor.base import Machine, VirtioFS, VMConfig
 from vc.hypervisor.parked import Parked
 from vc.hypervisor.qemu.driver import adopt, launch
 from vc.persist.store import VMM_NAME, SandboxLock, make_private
@@ -44,18 +44,19 @@ class VMDirectory:
 class Beginning(ABC):
     """One way to begin."""
 
+    failure: type[HypervisorError] = HypervisorError  # what it is if no VM comes out of a machine that runs
     details: (
         agent_pb2.GuestDetailsResponse | None
     )  # what the guest said about itself; None if it is to be asked
 
     @abstractmethod
     def machine(
-        self, config: VMConfig, *, vm_dir: Path, vmid: str, netns: str | None, devices: Sequence[Device]
+        self, config: VMConfig, *, vm_dir: Path, vmid: str, netns: str | None, devices: Sequence[VirtioFS]
     ) -> AbstractAsyncContextManager[Machine]:
         """Run the machine. What is in `devices` listens already. Raises: HypervisorError, Unsupported."""
 
     @abstractmethod
-    async def wake(self, machine: Machine, devices: Sequence[Device]) -> None:
+    async def wake(self, machine: Machine, devices: Sequence[VirtioFS]) -> None:
         """See to it that the guest runs and has the devices. Raises: HypervisorError, Unsupported."""
 
     def directory(self, path: Path) -> VMDirectory:
@@ -82,7 +83,7 @@ class Boot(Beginning):
         self._kept = kept
 
     def machine(
-        self, config: VMConfig, *, vm_dir: Path, vmid: str, netns: str | None, devices: Sequence[Device]
+        self, config: VMConfig, *, vm_dir: Path, vmid: str, netns: str | None, devices: Sequence[VirtioFS]
     ) -> AbstractAsyncContextManager[Machine]:
         """See `Beginning.machine`."""
         return launch(
@@ -95,7 +96,7 @@ class Boot(Beginning):
             kept=self._kept,
         )
 
-    async def wake(self, machine: Machine, devices: Sequence[Device]) -> None:
+    async def wake(self, machine: Machine, devices: Sequence[VirtioFS]) -> None:
         """Do nothing: it was started with everything and runs."""
 
 
@@ -112,6 +113,8 @@ class Snapshot:
 class Restore(Beginning):
     """Another VM's memory and state are loaded into a machine that was started for that."""
 
+    failure = NotRestored
+
     def __init__(self, snapshot: Snapshot, *, kept: bool = False) -> None:
         """A VM that is `kept` can be parked."""
         self.details = snapshot.details
@@ -119,7 +122,7 @@ class Restore(Beginning):
         self._kept = kept
 
     def machine(
-        self, config: VMConfig, *, vm_dir: Path, vmid: str, netns: str | None, devices: Sequence[Device]
+        self, config: VMConfig, *, vm_dir: Path, vmid: str, netns: str | None, devices: Sequence[VirtioFS]
     ) -> AbstractAsyncContextManager[Machine]:
         """See `Beginning.machine`. A machine with a share in it cannot be saved, so it has no devices yet."""
         return launch(
@@ -132,7 +135,7 @@ class Restore(Beginning):
             kept=self._kept,
         )
 
-    async def wake(self, machine: Machine, devices: Sequence[Device]) -> None:
+    async def wake(self, machine: Machine, devices: Sequence[VirtioFS]) -> None:
         """Bring the saved VM back, and let it run."""
         try:
             await trio.to_thread.run_sync(self._snapshot.load_memory)
@@ -163,17 +166,17 @@ class TakeOver(Beginning):
         return VMDirectory(path, SandboxLock.held(os.dup(self._parked.lock)))
 
     def machine(
-        self, config: VMConfig, *, vm_dir: Path, vmid: str, netns: str | None, devices: Sequence[Device]
+        self, config: VMConfig, *, vm_dir: Path, vmid: str, netns: str | None, devices: Sequence[VirtioFS]
     ) -> AbstractAsyncContextManager[Machine]:
         """See `Beginning.machine`. It is in an empty network namespace, whatever `netns` says."""
         return adopt(config, self._parked, vm_dir=vm_dir)
 
-    async def wake(self, machine: Machine, devices: Sequence[Device]) -> None:
+    async def wake(self, machine: Machine, devices: Sequence[VirtioFS]) -> None:
         """Let it run on."""
         await _plug_and_resume(machine, devices)
 
 
-async def _plug_and_resume(machine: Machine, devices: Sequence[Device]) -> None:
+async def _plug_and_resume(machine: Machine, devices: Sequence[VirtioFS]) -> None:
     for device in devices:
         await machine.plug(device)
     timeline.mark("share plugged")

@@ -43,6 +43,10 @@ class HypervisorError(VCError):
     """The VMM, virtiofsd or the driver failed; the sandbox's owner tears the sandbox down."""
 
 
+class NotRestored(HypervisorError):
+    """A machine was there, but no VM came out of the state that was loaded into it: that may be to blame."""
+
+
 class AgentError(VCError):
     """The guest's agent refused a call, with a status code; the VM is fine and goes on.
 

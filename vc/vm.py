@@ -29,7 +29,7 @@ from vc.agent_client.transports import Transport, open_transport
 from vc.background import background
 from vc.beginning import Beginning, Boot, VMDirectory
 from vc.errors import GuestGone, HypervisorError, VCError
-from vc.hypervisor.base import Device, Machine, VMConfig
+from vc.hypervisor.base import Machine, VirtioFS, VMConfig
 from vc.hypervisor.parked import Parked
 from vc.monitor import HealthCheck, wait_hung
 from vc.persist.store import Layout
@@ -194,7 +194,7 @@ async def boot_vm(
         directory = _directory(beginning, Layout(config.run_dir).vm(vmid))
         stack.callback(directory.give_back)
         share: SharedFS | None = None
-        devices: list[Device] = []
+        devices: list[VirtioFS] = []
         if config.shared_fs is not None and shared_dir is not None:
             share = await stack.enter_async_context(
                 virtiofsd(config.shared_fs, shared_dir, directory.path / VIRTIOFS_SOCKET)
@@ -220,9 +220,11 @@ async def boot_vm(
                 await beginning.wake(machine, devices)
                 await nursery.start(vm.connect, began, beginning.details)
         except VCError as exc:
-            raise await _boot_error(vm, config, share, str(exc), trio.current_time() - began) from exc
+            raise await _boot_error(
+                vm, config, share, beginning, str(exc), trio.current_time() - began
+            ) from exc
         if vm.booting.cancelled_caught:
-            raise await _boot_error(vm, config, share, "", trio.current_time() - began)
+            raise await _boot_error(vm, config, share, beginning, "", trio.current_time() - began)
         vm.times = replace(vm.times, launched=launched)
         log.info("VM %s serves: %s", vmid, vm.times)
         yield vm
@@ -285,13 +287,15 @@ async def _launch_error(vmid: str, share: SharedFS | None, error: HypervisorErro
 
 
 async def _boot_error(
-    vm: VM, config: VMConfig, share: SharedFS | None, problem: str, elapsed: float
+    vm: VM, config: VMConfig, share: SharedFS | None, beginning: Beginning, problem: str, elapsed: float
 ) -> HypervisorError:
     """Say what is known of a boot that failed: whoever noticed first may not know the cause."""
     if problem and vm.gone is None:
         with trio.move_on_after(BLAME_GRACE):
             await vm.wait_gone()
+    kind = beginning.failure
     if vm.gone is not None and share is not None and share.failed:
+        kind = HypervisorError
         why = f"after {elapsed:.1f} s: {await share.wait_dead()}"  # a QEMU without its virtiofsd ends as well
         advice = "check virtio_fs_daemon in the configuration"
     elif vm.gone is not None:
@@ -305,4 +309,4 @@ async def _boot_error(
             "check that the image or initrd has the agent, or raise dial_timeout"
             f" ({config.dial_timeout:g} s) on a slow host; enable_debug logs the whole console"
         )
-    return HypervisorError(f"VM {vm.vmid} did not boot {why}; {advice}")
+    return kind(f"VM {vm.vmid} did not boot {why}; {advice}")

@@ -177,6 +177,10 @@ class AgentClient:
             "SetGuestDateTime", agent_pb2.SetGuestDateTimeRequest(Sec=seconds, Usec=microseconds)
         )
 
+    async def online(self, vcpus: int) -> None:
+        """Put so many processors that were plugged to use, and all memory."""
+        await self._order("OnlineCPUMem", agent_pb2.OnlineCPUMemRequest(wait=True, nb_cpus=vcpus))
+
     async def wait_oom(self) -> str:
         """Block until a container runs out of memory; return its id."""
         answer = await self._call(

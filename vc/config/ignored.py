@@ -28,8 +28,6 @@ IGNORED: Final[Mapping[str, Mapping[str, tuple[object, ...]]]] = {
         "pflashes": _NONE,
         "disable_seccomp": _OFF,
         "default_bridges": (0, 1),
-        "memory_slots": (10,),
-        "default_maxmemory": _ZERO,
         "memory_offset": _ZERO,
         "enable_virtio_mem": _OFF,
         "disable_block_device_use": (True, False),

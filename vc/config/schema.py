@@ -163,6 +163,12 @@ class HypervisorConfig:
     default_memory: int = key(
         Integer(1, 2**24, unit="MiB"), "memory at boot", default=2048, annotation="default_memory"
     )
+    memory_slots: int = key(
+        Integer(0, 255), "modules of memory that can be added later", default=10, annotation="memory_slots"
+    )
+    default_maxmemory: int = key(
+        Integer(0, 2**24, unit="MiB"), "memory at most; 0: all of the host", default=0
+    )
     shared_fs: str = key(
         Choice("virtio-fs", "none"), "how files reach the guest", default="virtio-fs", annotation="shared_fs"
     )

@@ -24,11 +24,12 @@ from protos.kata import agent_pb2
 from vc.background import background
 from vc.beginning import Boot, Restore, Snapshot
 from vc.config import Config
-from vc.errors import HypervisorError, Unsupported
+from vc.errors import HypervisorError, NotRestored, Unsupported, VCError
 from vc.factory.identity import identify
 from vc.factory.later import Later
 from vc.factory.memory import checksum, load_memory, new_memory
 from vc.factory.templates import BrokenTemplate, ForeignTemplate, Template, Templates
+from vc.growing import can_grow, grow
 from vc.hypervisor.base import VMConfig
 from vc.hypervisor.configure import vm_config
 from vc.vm import VM, boot_vm
@@ -73,11 +74,15 @@ class TemplateFactory:
         async with AsyncExitStack() as stack:
             key = await self._key(config)
             vm: VM | None = None
+            warm = await stack.enter_async_context(AsyncExitStack())
             try:
-                vm = await self._restored(stack, config, place, key) if key else None
+                vm = await self._restored(warm, self._sized(config), place, key) if key else None
             except ForeignTemplate as exc:
                 log.warning("booting: the template is not used: %s", exc)
                 key = ""  # and none is made
+            if vm is not None and not await self._grown(vm, config):
+                await warm.aclose()
+                vm = None
             if vm is None:
                 vm = await stack.enter_async_context(
                     boot_vm(config, **place, beginning=Boot(kept=self._kept))
@@ -88,14 +93,10 @@ class TemplateFactory:
 
     async def _key(self, config: VMConfig) -> str:
         """Return the key of the template that fits; empty if there can be none."""
-        wanted, base = (config.vcpus, config.memory_mib), (self._base.vcpus, self._base.memory_mib)
-        if wanted != base:
-            log.info(
-                "booting: the pod is to have %d vCPUs and %d MiB, a VM from the template has %d and %d",
-                *wanted,
-                *base,
-            )
+        if why := can_grow(self._base, config):
+            log.info("booting: a VM from the template is too small or too large: %s", why)
             return ""
+        config = self._sized(config)
         try:
             key, _ = await trio.to_thread.run_sync(identify, config)
             fits = config == self._base or key == (await trio.to_thread.run_sync(identify, self._base))[0]
@@ -105,6 +106,10 @@ class TemplateFactory:
             log.info("booting: the pod changes the VM's configuration, so the template does not fit")
             return ""
         return key
+
+    def _sized(self, config: VMConfig) -> VMConfig:
+        """Return the configuration with the size of the template's VM."""
+        return replace(config, vcpus=self._base.vcpus, memory_mib=self._base.memory_mib)
 
     async def _restored(self, stack: AsyncExitStack, config: VMConfig, place: Place, key: str) -> VM | None:
         """Restore a VM on `stack`; None if that is not possible. Raises: ForeignTemplate, Unsupported."""
@@ -128,14 +133,31 @@ class TemplateFactory:
         except HypervisorError as exc:
             if self._kept:
                 raise  # it is made at low priority: that it took too long says nothing against the template
-            log.warning("booting: template %s is thrown away, since no VM comes out of it: %s", key, exc)
-            self._templates.discard(key)
-            if not _caused_by(exc, DamagedMemory):
-                # One that is made at once would hardly be better, and make every pod try and fail.
-                self._templates.note_failure(key, str(exc))
+            if isinstance(exc, NotRestored):
+                self._blame(key, exc)
+            else:
+                log.warning("booting: no VM can be started from a template: %s", exc)
         finally:
             os.close(memory)
         return None
+
+    def _blame(self, key: str, exc: NotRestored) -> None:
+        log.warning("booting: template %s is thrown away, since no VM comes out of it: %s", key, exc)
+        self._templates.discard(key)
+        if not _caused_by(exc, DamagedMemory):
+            # One that is made at once would hardly be better, and make every pod try and fail.
+            self._templates.note_failure(key, str(exc))
+
+    async def _grown(self, vm: VM, config: VMConfig) -> bool:
+        """Give the VM its pod's size; whether it has it."""
+        try:
+            await grow(vm, self._base, config)
+        except VCError as exc:
+            log.warning(
+                "booting: VM %s, which goes on from a template, cannot be made larger: %s", vm.vmid, exc
+            )
+            return False
+        return True
 
     async def _after_boot(self, stack: AsyncExitStack, key: str) -> None:
         """See to it that later pods find a template, without being in the way of this one."""

@@ -46,6 +46,8 @@ class VMConfig:
     memory_mib: int = 2048
     vcpus: int = 1
     max_vcpus: int = 1
+    memory_slots: int = 0  # how many modules can be plugged later
+    max_memory_mib: int = 0  # with them; 0 is no more than at the start
     arch: str = "x86_64"
     machine_type: str = "q35"
     machine_accelerators: str = ""
@@ -74,7 +76,31 @@ class VirtioFS:
     queue_size: int = 1024  # requests
 
 
-Device = VirtioFS
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disk:
+    """A file or a block device of the host as a disk, by whose serial number the guest finds it."""
+
+    path: Path
+    serial: str  # at most 20 characters: virtio specification 1.2, 5.2.6.1
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryModule:
+    """Further memory; a multiple of the guest's memory block. `name` tells it from others of this machine."""
+
+    name: str
+    size_mib: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processor:
+    """A further vCPU. `name` tells it from others of this machine."""
+
+    name: str
+
+
+Device = VirtioFS | Disk | MemoryModule | Processor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from vc.config.schema import Config
 from vc.hypervisor.base import SharedFSConfig, VMConfig
 
 SECTOR = 512  # bytes
+MIB = 1 << 20
 MBR_SIGNATURE = b"\x55\xaa"  # the last two bytes of the first sector: UEFI specification, table 5.1
 
 
@@ -41,6 +42,8 @@ def vm_config(config: Config, *, vcpus: int | None = None, memory_mib: int | Non
         memory_mib=memory_mib or hypervisor.default_memory,
         vcpus=asked,
         max_vcpus=max(asked, hypervisor.default_maxvcpus),
+        memory_slots=hypervisor.memory_slots,
+        max_memory_mib=hypervisor.default_maxmemory or host_memory_mib(),
         arch=os.uname().machine,
         machine_type=hypervisor.machine_type,
         machine_accelerators=hypervisor.machine_accelerators,
@@ -57,6 +60,11 @@ def vm_config(config: Config, *, vcpus: int | None = None, memory_mib: int | Non
         run_dir=config.runtime.run_dir,
         dial_timeout=config.agent.dial_timeout,
     )
+
+
+def host_memory_mib() -> int:
+    """Return the memory of this host in MiB."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB
 
 
 def split_params(text: str) -> tuple[str, ...]:

@@ -107,8 +107,16 @@ def _machine(config: VMConfig, wiring: Wiring, row: MachineType) -> list[str]:
     memory = f"{backend},id={MEMORY},size={config.memory_mib}M,share=on"
     argv = ["-machine", ",".join(options), "-accel", accelerator]
     argv += ["-cpu", ",".join(part for part in (cpu, config.cpu_features) if part)]
-    argv += ["-smp", smp, "-m", f"{config.memory_mib}M", "-object", memory]
+    argv += ["-smp", smp, "-m", _memory_size(config, row), "-object", memory]
     return [*argv, "-nodefaults", "-no-user-config", *NO_DISPLAY, "-no-reboot"]
+
+
+def _memory_size(config: VMConfig, row: MachineType) -> str:
+    """Return the memory at the start, and the room for what is plugged later."""
+    size = f"{config.memory_mib}M"
+    if row.dimms and config.memory_slots and config.max_memory_mib > config.memory_mib:
+        return f"{size},slots={config.memory_slots},maxmem={config.max_memory_mib}M"
+    return size
 
 
 def _boot(config: VMConfig, row: MachineType) -> list[str]:

@@ -35,6 +35,7 @@ from vc.hypervisor.base import (
     Capabilities,
     Device,
     Machine,
+    VirtioFS,
     VMConfig,
 )
 from vc.hypervisor.children import Child, prefix, running
@@ -45,7 +46,8 @@ from vc.hypervisor.jail import jail as make_jail
 from vc.hypervisor.lease import BACK_SEAT, LeasedChild, front_seat, keeper_of, leased, taken
 from vc.hypervisor.parked import Parked, duplicate, with_descriptors
 from vc.hypervisor.qemu import qmp
-from vc.hypervisor.qemu.command import HOTPLUG_PORTS, SHARE_EVENT_IDX, Vsock, Wiring, command_line
+from vc.hypervisor.qemu.command import HOTPLUG_PORTS, Vsock, Wiring, command_line
+from vc.hypervisor.qemu.hotplug import HotPlug
 from vc.hypervisor.qemu.machines import machine_type
 from vc.hypervisor.qemu.monitor import Monitor, monitoring
 from vc.unixsock import connect_nowait, listen
@@ -57,7 +59,6 @@ VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60  # _IOW(VHOST_VIRTIO, 0x60, __u64): linux
 MIN_CID, MAX_CID = 3, 0xFFFFFFFE  # 0 to 2 and the highest are special: vsock(7)
 CID_ATTEMPTS = 64  # random ones; that this many are taken means that something else is wrong
 READ_SIZE = 16384  # bytes
-DELETE_TIMEOUT = 10.0  # seconds for the guest to give a device back
 STATE_TIMEOUT = 20.0  # seconds to write or read a machine's state, which has some 100 KB without the memory
 # The memory is in a file that we have, so it is left out of the state; and tell when it is done.
 MIGRATION_CAPABILITIES = ("events", "x-ignore-shared")
@@ -83,9 +84,7 @@ class QemuMachine(Machine):
         self._console = console
         self._monitor: Monitor | None = None
         pcie = machine_type(config.arch, config.machine_type).pcie
-        self._free_ports = list(range(HOTPLUG_PORTS if pcie else 0))
-        self._ports: dict[Device, int] = {}
-        self._deleted: dict[str, trio.Event] = {}
+        self._plugs = HotPlug(self._execute, root_ports=HOTPLUG_PORTS if pcie else 0)
         self._shutdown: qmp.Shutdown | None = None
         self._migrated: trio.Event = trio.Event()
         self._migration_completed = False
@@ -113,34 +112,11 @@ class QemuMachine(Machine):
 
     async def plug(self, device: Device) -> None:
         """See `Machine.plug`."""
-        if not self._free_ports:
-            raise Unsupported(f"no free place to plug {device}: all root ports of the machine are taken")
-        port = self._free_ports.pop(0)
-        chardev = f"hot{port}-socket"
-        async with AsyncExitStack() as undo:
-            undo.callback(self._free_ports.insert, 0, port)
-            with connect_nowait(device.socket_path) as connection:
-                await self._execute(qmp.getfd(chardev), descriptor=connection.fileno())
-            await self._execute(qmp.chardev_add_socket(chardev, chardev))
-            undo.push_async_callback(self._execute, qmp.chardev_remove(chardev))
-            properties: dict[str, object] = {"chardev": chardev, "tag": device.tag}
-            properties |= {"queue-size": device.queue_size, "event_idx": SHARE_EVENT_IDX}
-            await self._execute(qmp.device_add("vhost-user-fs-pci", f"hot{port}", f"port{port}", properties))
-            undo.pop_all()
-        self._ports[device] = port
+        await self._plugs.plug(device)
 
     async def unplug(self, device: Device) -> None:
         """See `Machine.unplug`."""
-        port = self._ports[device]
-        deleted = self._deleted[f"hot{port}"] = trio.Event()
-        await self._execute(qmp.device_del(f"hot{port}"))
-        with trio.move_on_after(DELETE_TIMEOUT):
-            await deleted.wait()
-        if not deleted.is_set():
-            raise HypervisorError(f"the guest does not give back {device} within {DELETE_TIMEOUT:g} s")
-        await self._execute(qmp.chardev_remove(f"hot{port}-socket"))
-        del self._ports[device], self._deleted[f"hot{port}"]
-        self._free_ports.append(port)
+        await self._plugs.unplug(device)
 
     async def save_state(self, descriptor: int) -> None:
         """See `Machine.save_state`."""
@@ -173,8 +149,10 @@ class QemuMachine(Machine):
         """Take note of what QEMU says."""
         if isinstance(event, qmp.Shutdown):
             self._shutdown = event
-        elif isinstance(event, qmp.DeviceDeleted) and event.device in self._deleted:
-            self._deleted[event.device].set()
+        elif isinstance(event, qmp.DeviceDeleted):
+            self._plugs.handle_deleted(event)
+        elif isinstance(event, qmp.GuestAnswer):
+            self._plugs.handle_answer(event)
         elif isinstance(event, qmp.Migrated):
             self._migration_completed = event.completed
             self._migrated.set()
@@ -217,6 +195,7 @@ class QemuMachine(Machine):
         self.out_of_memory = self._child.out_of_memory
         self._cause = cause
         self._dead.set()
+        self._plugs.end()
 
 
 @asynccontextmanager
@@ -226,7 +205,7 @@ async def launch(
     vm_dir: Path,
     vmid: str,
     netns: str | None = None,
-    devices: Iterable[Device] = (),
+    devices: Iterable[VirtioFS] = (),
     memory: int | None = None,
     restored: bool = False,
     kept: bool = False,
@@ -345,7 +324,7 @@ def agent_transport(requested: str, *, has_vsock: bool) -> str:
 
 
 def _open(
-    config: VMConfig, vm_dir: Path, devices: Iterable[Device], console: socket.socket, stack: ExitStack
+    config: VMConfig, vm_dir: Path, devices: Iterable[VirtioFS], console: socket.socket, stack: ExitStack
 ) -> tuple[Wiring, Address]:
     """Open everything that goes to QEMU by descriptor; `stack` closes our copies."""
     qmp_listener = stack.enter_context(listen(vm_dir / QMP_SOCKET))

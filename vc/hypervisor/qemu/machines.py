@@ -24,11 +24,16 @@ class MachineType:
     serial_device: str  # the device behind it; empty: the machine has it, and -serial connects it
     virtio: str = "pci"  # the suffix of virtio devices
     pcie: bool = False  # devices can be plugged into pcie-root-ports
+    dimms: bool = False  # memory can be plugged as pc-dimm
     kernel_params: str = ""
 
 
-# Parameters for any machine. panic=-1 and -no-reboot make a panic the end of the VMM, at once.
-COMMON_PARAMS = "panic=-1 rcupdate.rcu_expedited=1 cryptomgr.notests net.ifnames=0"
+# Parameters for any machine. panic=-1 and -no-reboot make a panic the end of the VMM, at once, and oops=panic
+# makes every error of the kernel one: after an error it may have processes that nobody can reap.
+# memhp_default_state: plugged memory is in use when the guest has answered, without anybody's further doing.
+COMMON_PARAMS = (
+    "panic=-1 oops=panic rcupdate.rcu_expedited=1 cryptomgr.notests net.ifnames=0 memhp_default_state=online"
+)
 
 # tsc=reliable, no_timer_check, lpj: no calibration loops. i8042, 8250.nr_uarts: no probing of what is not
 # there.
@@ -45,6 +50,7 @@ _Q35 = MachineType(
     console="ttyS0",
     serial_device="isa-serial",
     pcie=True,
+    dimms=True,
     kernel_params=X86_PARAMS,
 )
 

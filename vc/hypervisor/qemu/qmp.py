@@ -56,9 +56,47 @@ def chardev_remove(chardev: str) -> Command:
     return Command("chardev-remove", {"id": chardev})
 
 
-def device_add(driver: str, device: str, bus: str, properties: Mapping[str, object]) -> Command:
+def add_fd(fdset: int) -> Command:
+    """Make a set of descriptors of the one that was sent with this command: the file /dev/fdset/<fdset>."""
+    return Command("add-fd", {"fdset-id": fdset})
+
+
+def remove_fd(fdset: int) -> Command:
+    """Close the set's descriptor; whoever has opened its file has a copy."""
+    return Command("remove-fd", {"fdset-id": fdset})
+
+
+def blockdev_add(node: str, fdset: int, *, block: bool, read_only: bool) -> Command:
+    """Make a disk of the bytes in a descriptor's file, or of the block device that it is."""
+    file = {"driver": "host_device" if block else "file", "filename": f"/dev/fdset/{fdset}"}
+    arguments = {"driver": "raw", "node-name": node, "read-only": read_only, "file": file}
+    return Command("blockdev-add", arguments)
+
+
+def blockdev_del(node: str) -> Command:
+    """Remove a disk that no device uses."""
+    return Command("blockdev-del", {"node-name": node})
+
+
+def object_add_memfd(name: str, size_bytes: int) -> Command:
+    """Make memory that a device can be made of, and that others can map."""
+    arguments = {"qom-type": "memory-backend-memfd", "id": name, "size": size_bytes, "share": True}
+    return Command("object-add", arguments)
+
+
+def object_del(name: str) -> Command:
+    """Remove an object that no device uses."""
+    return Command("object-del", {"id": name})
+
+
+def query_hotpluggable_cpus() -> Command:
+    """Ask for the places of processors: see `parse_free_processors_untrusted`."""
+    return Command("query-hotpluggable-cpus")
+
+
+def device_add(driver: str, device: str, properties: Mapping[str, object]) -> Command:
     """Plug a device."""
-    return Command("device_add", {"driver": driver, "id": device, "bus": bus, **properties})
+    return Command("device_add", {"driver": driver, "id": device, **properties})
 
 
 def device_del(device: str) -> Command:
@@ -98,6 +136,14 @@ class DeviceDeleted:
 
 
 @dataclass(frozen=True, slots=True)
+class GuestAnswer:
+    """The guest tells what became of memory or of a processor: a status of ACPI's _OST, 0 for success."""
+
+    device: str
+    status: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stopped:
     """The vCPUs stand still, by our order or by an error of the machine."""
 
@@ -114,9 +160,10 @@ class Migrated:
     completed: bool
 
 
-Event = Shutdown | DeviceDeleted | Stopped | Resumed | Migrated
+Event = Shutdown | DeviceDeleted | GuestAnswer | Stopped | Resumed | Migrated
 
-EVENT_NAMES = ("SHUTDOWN", "DEVICE_DELETED", "STOP", "RESUME", "MIGRATION")  # the others are not asked for
+# The others are not asked for.
+EVENT_NAMES = ("SHUTDOWN", "DEVICE_DELETED", "ACPI_DEVICE_OST", "STOP", "RESUME", "MIGRATION")
 
 
 def parse_event_untrusted(message: Mapping[str, object]) -> Event | None:
@@ -129,6 +176,8 @@ def parse_event_untrusted(message: Mapping[str, object]) -> Event | None:
     if name == "DEVICE_DELETED":
         device = data.get("device")
         return DeviceDeleted(device) if isinstance(device, str) else None
+    if name == "ACPI_DEVICE_OST":
+        return _guest_answer(data.get("info"))
     if name == "MIGRATION" and data.get("status") in _MIGRATION_ENDS:
         return Migrated(data.get("status") == "completed")
     if name == "STOP":
@@ -136,6 +185,24 @@ def parse_event_untrusted(message: Mapping[str, object]) -> Event | None:
     if name == "RESUME":
         return Resumed()
     return None
+
+
+def _guest_answer(info: object) -> GuestAnswer | None:
+    """Read an ACPIOSTInfo of the manual; a device that is not ours has no name."""
+    info = info if isinstance(info, Mapping) else {}
+    device, status = info.get("device"), info.get("status")
+    return GuestAnswer(device, status) if isinstance(device, str) and type(status) is int else None
+
+
+def parse_free_processors_untrusted(answer: object) -> list[tuple[str, Mapping[str, object]]]:
+    """Return driver and place of each processor that can be plugged: HotpluggableCPU of the manual."""
+    found: list[tuple[str, Mapping[str, object]]] = []
+    for slot in answer if isinstance(answer, list) else ():
+        if isinstance(slot, Mapping) and "qom-path" not in slot:
+            driver, place = slot.get("type"), slot.get("props")
+            if isinstance(driver, str) and isinstance(place, Mapping):
+                found.append((driver, place))
+    return sorted(found, key=lambda slot: str(sorted(slot[1].items())))
 
 
 _MIGRATION_ENDS = ("completed", "failed", "cancelled")  # MigrationStatus of the manual

@@ -86,7 +86,7 @@ def kinds(wanted: Sequence[str]) -> Iterator[dict[str, Containerd]]:
             runtime = runtimes.kata if kind != RUNC else (lambda _: runtimes.runc())
             containerd = stack.enter_context(Containerd(runtime, level="info"))
             if kind != RUNC:
-                set_factory(containerd, **FACTORIES[kind](containerd.directory))
+                runtimes.set_factory(containerd.runtime.config, **FACTORIES[kind](containerd.directory))
                 if kind == TEMPLATE:
                     init_template(containerd)
                 elif kind == CACHE:
@@ -95,7 +95,7 @@ def kinds(wanted: Sequence[str]) -> Iterator[dict[str, Containerd]]:
         yield found
 
 
-FACTORIES: Mapping[str, Callable[[Path], Mapping[str, object]]] = {
+FACTORIES: Mapping[str, Callable[[Path], Mapping[str, str | int]]] = {
     COLD: lambda _: {"enable_template": False},
     TEMPLATE: lambda at: {"enable_template": True, "template_path": f"{at}/template"},
     CACHE: lambda at: {
@@ -105,18 +105,6 @@ FACTORIES: Mapping[str, Callable[[Path], Mapping[str, object]]] = {
         "vm_cache_endpoint": f"{at}/cache/cache.sock",
     },
 }
-
-
-def set_factory(containerd: Containerd, **keys: object) -> None:
-    """Replace the table [factory] of its configuration."""
-    config = Path(containerd.runtime.environ["KATA_CONF_FILE"])
-    text = re.sub(r"(?ms)^\[factory\].*?(?=^\[|\Z)", "", config.read_text())
-    lines = [f"{name} = {_toml(value)}" for name, value in keys.items()]
-    config.write_text("\n".join([text, "[factory]", *lines]) + "\n")
-
-
-def _toml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool | int) else f'"{value}"'
 
 
 def factory_command(containerd: Containerd, action: str) -> list[str]:

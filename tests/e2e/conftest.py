@@ -2,13 +2,17 @@
 
 The fixtures form a ladder: `containerd` (one daemon for all tests), `events` (its recorder), `shared` (one
 container that runs all the time, for whatever needs no container of its own: booting is what costs time).
+
+Pods start from a template, which is made once for all tests. With `vm_any` a test runs once for each place
+that a VM can come from: for what starts or ends a VM, and for what a VM tells when it dies.
 """
 
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +22,7 @@ from tests.harness import leaks, runtimes
 from tests.harness.containerd import Containerd
 from tests.harness.events import Recorder
 from tests.harness.faults import Fault
-from tests.harness.runtimes import Runtime
+from tests.harness.runtimes import Runtime, Start
 
 HERE = Path(__file__).parent
 LOG_LIMIT = 12_000  # bytes of log that a failure shows
@@ -29,7 +33,7 @@ log_key = pytest.StashKey[tuple[Containerd, int]]()
 class MakeContainerd(Protocol):
     """Makes a containerd beside the one that all tests share."""
 
-    def __call__(self, *, programs: Path | None = None) -> Containerd: ...
+    def __call__(self, *, programs: Path | None = None, start: Start = Start.TEMPLATE) -> Containerd: ...
 
 
 class NoLeaks(Protocol):
@@ -45,7 +49,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def make_containerd() -> MakeContainerd:
+def template_path() -> Iterator[Path]:
+    """Where the templates of all tests are: none at first, and gone in the end."""
+    with tempfile.TemporaryDirectory(prefix="kata-templates-") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture(scope="session")
+def make_containerd(template_path: Path) -> MakeContainerd:
     if os.geteuid() != 0:
         pytest.skip("needs root: containerd and its shims mount")
     missing = [name for name in ("containerd", "ctr") if shutil.which(name) is None]
@@ -53,16 +64,46 @@ def make_containerd() -> MakeContainerd:
         pytest.skip(f"not installed: {', '.join(missing)}")
     chosen = os.environ.get("KATA_E2E_RUNTIME", "kata")
 
-    def runtime(directory: Path) -> Runtime:
-        return runtimes.runc() if chosen == "runc" else runtimes.kata(directory)
+    def make(*, programs: Path | None = None, start: Start = Start.TEMPLATE) -> Containerd:
+        def runtime(directory: Path) -> Runtime:
+            if chosen == "runc":
+                return runtimes.runc()
+            made = runtimes.kata(directory, template_path=template_path)
+            made.start_from(start)
+            if start is Start.TEMPLATE and not any(template_path.iterdir()):
+                assert made.factory("init") == "vm factory initialized\n"
+            return made
 
-    return partial(Containerd, runtime)
+        return Containerd(runtime, programs=programs)
+
+    return make
 
 
 @pytest.fixture(scope="session")
 def containerd(make_containerd: MakeContainerd) -> Iterator[Containerd]:
     with make_containerd() as daemon:
         yield daemon
+
+
+@pytest.fixture(params=list(Start), ids=lambda start: start.value)
+def vm_any(request: pytest.FixtureRequest, containerd: Containerd) -> Iterator[Start]:
+    """Start the pods of a test in one of all ways, and see that they did."""
+    start: Start = request.param
+    if not containerd.runtime.is_vm:
+        if start is not Start.DIRECT:
+            pytest.skip(f"{containerd.runtime.name} has no VM")
+        yield start
+        return
+    offset = containerd.log_size()
+    containerd.runtime.start_from(start)
+    try:
+        yield start
+    finally:
+        containerd.runtime.start_from(Start.TEMPLATE)
+    log = containerd.log_since(offset, limit=containerd.log_size())
+    warm = set(re.findall(r"VM ([0-9a-f]{16}) goes on from template", log))
+    every = set(re.findall(r"VM ([0-9a-f]{16}) serves", log))
+    assert warm == (set() if start is Start.DIRECT else every)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from tests.e2e.conftest import MakeContainerd
 from tests.harness import leaks
 from tests.harness.containerd import TIMEOUT, Containerd
 from tests.harness.processes import kill, processes_of, read_process
+from tests.harness.runtimes import set_factory
 
 IDENTITIES = """
 cat /proc/sys/kernel/random/uuid /proc/sys/kernel/random/boot_id
@@ -36,11 +37,13 @@ class Cache:
         self.config = Path(containerd.runtime.environ["KATA_CONF_FILE"])
         self.endpoint = containerd.directory / "cache.sock"
         self.log = containerd.directory / "cache.log"
-        with self.config.open("a") as config:
-            config.write(
-                f'\n[factory]\nenable_template = true\ntemplate_path = "{containerd.directory}/template"\n'
-                f'vm_cache_number = {NUMBER}\nvm_cache_endpoint = "{self.endpoint}"\n'
-            )
+        set_factory(
+            self.config,
+            enable_template=True,
+            template_path=f"{containerd.directory}/template",
+            vm_cache_number=NUMBER,
+            vm_cache_endpoint=str(self.endpoint),
+        )
 
     def factory(self, action: str) -> subprocess.CompletedProcess[str]:
         argv = ["kata-runtime", "--config", str(self.config), "factory", action]

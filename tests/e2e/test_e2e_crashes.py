@@ -14,7 +14,7 @@ from tests.harness.containerd import TIMEOUT, Containerd
 from tests.harness.events import Recorder
 from tests.harness.leaks import shim_socket
 from tests.harness.processes import Process, kill, processes_of, read_process
-from tests.harness.runtimes import Runtime
+from tests.harness.runtimes import Runtime, Start
 
 
 def shim_of(containerd: Containerd, container: str) -> Process:
@@ -70,7 +70,7 @@ def test_an_exit_while_the_daemon_is_away_is_known_afterwards(make_containerd: M
 
 
 def test_a_shim_that_is_killed_takes_everything_with_it(
-    containerd: Containerd, events: Recorder, no_leaks: NoLeaks
+    containerd: Containerd, vm_any: Start, events: Recorder, no_leaks: NoLeaks
 ) -> None:
     with no_leaks():
         container = containerd.new_id()
@@ -93,7 +93,7 @@ def test_a_shim_that_is_killed_takes_everything_with_it(
 
 
 def test_a_vm_that_is_killed_ends_its_container(
-    containerd: Containerd, vm_runtime: Runtime, events: Recorder, no_leaks: NoLeaks
+    containerd: Containerd, vm_runtime: Runtime, vm_any: Start, events: Recorder, no_leaks: NoLeaks
 ) -> None:
     with no_leaks():
         container = containerd.new_id()

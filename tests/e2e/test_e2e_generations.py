@@ -48,7 +48,7 @@ from tests.e2e.test_e2e_tasks import (  # noqa: F401
 )
 from tests.harness.containerd import Containerd, HarnessError
 from tests.harness.events import Recorder
-from tests.harness.runtimes import ROOT, Runtime
+from tests.harness.runtimes import ROOT, Runtime, Start, set_factory
 from tests.skips import NotToBeHad
 
 
@@ -173,8 +173,9 @@ def test_the_runtime_options_name_the_configuration(
     containerd: Containerd, vm_runtime: Runtime, no_leaks: NoLeaks
 ) -> None:
     config = containerd.directory / "other.toml"
-    text = (containerd.directory / "configuration.toml").read_text()
+    text = vm_runtime.config.read_text()
     config.write_text(re.sub(r"(?m)^default_memory *=.*$", "default_memory = 768", text))
+    set_factory(config, enable_template=False)  # or one would be made for this machine
     with no_leaks():
         flags = ["--runtime-config-path", str(config)]
         told = containerd.run("cat", "/proc/meminfo", flags=flags)
@@ -188,7 +189,7 @@ def test_the_runtime_options_name_the_configuration(
 
 
 def test_forced_deletion_ends_what_runs_and_leaves_nothing(
-    containerd: Containerd, events: Recorder, no_leaks: NoLeaks
+    containerd: Containerd, vm_any: Start, events: Recorder, no_leaks: NoLeaks
 ) -> None:
     with no_leaks():
         container = containerd.new_id()

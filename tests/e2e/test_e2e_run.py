@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.conftest import NoLeaks
 from tests.harness.containerd import TIMEOUT, Containerd
 from tests.harness.events import Recorder
-from tests.harness.runtimes import Runtime
+from tests.harness.runtimes import Runtime, Start
 from tests.harness.terminal import Terminal
 
 MIB = 1 << 20
@@ -24,7 +24,7 @@ def test_a_container_in_a_vm_has_a_kernel_of_its_own(containerd: Containerd) -> 
 
 
 def test_a_container_that_may_use_a_processor_gets_one_beside_the_default_one(
-    containerd: Containerd, vm_runtime: Runtime
+    containerd: Containerd, vm_runtime: Runtime, vm_any: Start
 ) -> None:
     """A guest with two processors now and then never booted: test_accelerator.py tells why."""
     processors = min(2, os.cpu_count() or 1)
@@ -34,7 +34,7 @@ def test_a_container_that_may_use_a_processor_gets_one_beside_the_default_one(
     assert result.exit_status == 0
 
 
-def test_both_outputs_and_the_exit_status_arrive(containerd: Containerd) -> None:
+def test_both_outputs_and_the_exit_status_arrive(containerd: Containerd, vm_any: Start) -> None:
     result = containerd.run("sh", "-c", "echo out; echo err >&2; exit 42")
     assert (result.stdout, result.stderr, result.exit_status) == (b"out\n", b"err\n", 42)
 
@@ -48,7 +48,7 @@ def test_a_program_that_does_not_exist_is_an_error_and_leaves_nothing(
     assert re.search(rb"no such file|not found", result.stderr), result
 
 
-def test_stdin_reaches_the_container_and_its_end_too(containerd: Containerd) -> None:
+def test_stdin_reaches_the_container_and_its_end_too(containerd: Containerd, vm_any: Start) -> None:
     data = os.urandom(3 * MIB)
     result = containerd.run("cat", stdin=data)
     assert result.exit_status == 0
@@ -65,7 +65,12 @@ def test_a_burst_right_before_the_exit_is_not_lost(containerd: Containerd) -> No
 
 @pytest.mark.parametrize(("signal", "exit_status"), [("SIGTERM", 143), ("SIGKILL", 137)])
 def test_a_killed_container_has_the_exit_status_of_the_signal(
-    containerd: Containerd, events: Recorder, no_leaks: NoLeaks, signal: str, exit_status: int
+    containerd: Containerd,
+    vm_any: Start,
+    events: Recorder,
+    no_leaks: NoLeaks,
+    signal: str,
+    exit_status: int,
 ) -> None:
     with no_leaks():
         container = containerd.new_id()

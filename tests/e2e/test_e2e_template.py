@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from tests.e2e.conftest import MakeContainerd
 from tests.harness import leaks
 from tests.harness.containerd import TIMEOUT, Containerd
 from tests.harness.processes import Process, kill, processes_of, read_process
+from tests.harness.runtimes import Start
 from vc.factory.memory import checksum
 
 IDENTITIES = """
@@ -32,10 +35,10 @@ class Warm:
 
     def __init__(self, containerd: Containerd) -> None:
         self.containerd = containerd
-        self.config = Path(containerd.runtime.environ["KATA_CONF_FILE"])
-        self.path = containerd.directory / "template"
-        with self.config.open("a") as config:
-            config.write(f'\n[factory]\nenable_template = true\ntemplate_path = "{self.path}"\n')
+        self.path = containerd.directory / "template"  # not the one of all tests: it is spoilt here
+        containerd.runtime = replace(containerd.runtime, template_path=self.path)
+        containerd.runtime.start_from(Start.TEMPLATE)
+        self.config = containerd.runtime.config
 
     def factory_process(self, action: str) -> subprocess.Popen[bytes]:
         argv = ["kata-runtime", "--config", str(self.config), "factory", action]
@@ -70,7 +73,7 @@ class Warm:
 
 @pytest.fixture(scope="module")
 def factory(make_containerd: MakeContainerd) -> Iterator[Warm]:
-    with make_containerd() as containerd:
+    with make_containerd(start=Start.DIRECT) as containerd:
         if not containerd.runtime.is_vm:
             pytest.skip(f"{containerd.runtime.name} has no VM")
         yield Warm(containerd)
@@ -129,9 +132,22 @@ def test_three_pods_of_a_template_leave_nothing(warm: Warm) -> None:
     assert leaks.left_over(warm.containerd, before) == []
 
 
-def test_a_pod_that_needs_more_memory_is_booted(warm: Warm) -> None:
+def test_a_pod_that_needs_more_memory_is_given_it(warm: Warm) -> None:
     log = warm.log_of("true", flags=("--memory-limit", str(64 << 20)))
-    assert "booting: the pod is to have 1 vCPUs and" in log
+    assert "goes on from template" in log
+    assert "has grown by 0 vCPUs and 64 MiB" in log
+
+
+def test_a_pod_that_needs_more_than_the_machine_has_room_for_is_booted(warm: Warm) -> None:
+    text = warm.config.read_text()
+    try:
+        room = re.sub(r"(?m)^default_maxmemory = .*$", "default_maxmemory = 600", text)
+        assert room != text
+        warm.config.write_text(room)
+        log = warm.log_of("true", flags=("--memory-limit", str(256 << 20)))
+    finally:
+        warm.config.write_text(text)
+    assert "booting: a VM from the template is too small or too large: it has 512 MiB" in log
     assert "goes on from template" not in log
 
 

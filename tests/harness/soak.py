@@ -23,7 +23,7 @@ from tests.harness.containerd import Containerd, HarnessError
 from tests.harness.events import Recorder
 from tests.harness.evidence import threads_below
 from tests.harness.processes import processes_of
-from tests.harness.runtimes import Runtime
+from tests.harness.runtimes import Runtime, set_factory
 from vc import leaks as product_leaks
 
 ROUND = 10  # cycles between two looks at the host
@@ -293,9 +293,6 @@ def _descriptors(pid: int) -> float:
 
 def use_template(containerd: Containerd, runtime: Runtime) -> None:
     """Have VMs of `containerd` go on from a template, which is made now."""
-    config = Path(runtime.environ["KATA_CONF_FILE"])
-    with config.open("a") as file:
-        file.write(
-            f'\n[factory]\nenable_template = true\ntemplate_path = "{containerd.directory}/template"\n'
-        )
+    config = runtime.config
+    set_factory(config, enable_template=True, template_path=f"{containerd.directory}/template")
     containerd.program("kata-runtime", "--config", str(config), "factory", "init")

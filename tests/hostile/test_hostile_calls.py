@@ -146,14 +146,6 @@ async def test_a_create_that_is_never_answered_is_a_timeout(host: Host) -> None:
         assert refusal.code == 4 and "CreateContainer" in refusal.message
 
 
-async def test_a_start_that_is_never_answered_is_a_timeout(host: Host) -> None:
-    async with host.guest(Agent(answers={"StartContainer": never})) as shim:
-        await shim.call("Create", **shim.creation())
-        refusal = await shim.refusal("Start", id="c1")
-        assert refusal.code == 4 and "StartContainer" in refusal.message
-        await shim.call("Delete", id="c1")
-
-
 @pytest.mark.parametrize("answered", [True, False])
 async def test_a_guest_that_does_not_end_what_is_killed_is_ended_itself(host: Host, answered: bool) -> None:
     """Clients wait for the exit without limit: such a task could not be deleted, by no command."""

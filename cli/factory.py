@@ -77,10 +77,12 @@ def _run_cache(config: Config, templates: Templates) -> None:
     from vc.factory.cacheserver import Pool, run_cache
     from vc.factory.direct import DirectFactory
     from vc.factory.handover import cache_key
+    from vc.factory.maker import check_pluggable
     from vc.factory.template import TemplateFactory
 
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     base = vm_config(config)
+    check_pluggable(base)
     patient = replace(base, dial_timeout=base.dial_timeout * PATIENCE)
     factory: Factory = DirectFactory(kept=True)
     if config.factory.enable_template:

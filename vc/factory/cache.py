@@ -14,6 +14,7 @@ from pathlib import Path
 
 import trio
 
+from vc import timeline
 from vc.beginning import TakeOver
 from vc.errors import HypervisorError, Unsupported
 from vc.factory import Factory
@@ -55,13 +56,14 @@ class CacheFactory:
         except (HypervisorError, Unsupported) as exc:
             log.info("no VM from the cache: %s", exc)
             return None
+        timeline.mark("vm taken")
         quick = replace(config, dial_timeout=min(config.dial_timeout, RESTORE_TIMEOUT))
         async with AsyncExitStack() as undo:
             undo.callback(parked.close)
             try:
                 block = boot_vm(quick, vmid=vmid, shared_dir=shared_dir, beginning=TakeOver(parked))
                 vm = await undo.enter_async_context(block)
-            except HypervisorError as exc:
+            except (HypervisorError, Unsupported) as exc:
                 log.warning("VM %s from the cache is not used: %s", parked.vmid, exc)
                 return None
             log.info("VM %s was VM %s of the cache", vmid, parked.vmid)

@@ -52,6 +52,7 @@ PROMISE = 10.0  # seconds to fetch a VM that was promised
 REFILL_DELAY = 2.0  # seconds that the pod which took a VM is given for its own start
 RETRY_FIRST, RETRY_MAX = 5.0, 300.0  # seconds until a VM that could not be made is tried again
 REQUEST_TIMEOUT = 5.0  # seconds for a client that has connected to say what it wants
+ACCEPT_PAUSE = 0.5  # seconds, after a client could not be accepted
 END_GRACE = 5.0  # seconds for all VMs to be gone
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # Kata's
 
@@ -215,7 +216,12 @@ async def hand_over(listener: socket.socket, pool: Pool, key: str) -> None:
     accepting = trio.socket.from_stdlib_socket(listener)
     async with background() as nursery:
         while True:
-            connection, _ = await accepting.accept()
+            try:
+                connection, _ = await accepting.accept()
+            except OSError as exc:  # no descriptor is free, or no memory: that passes
+                log.warning("a client was not heard: %s", exc.strerror)
+                await trio.sleep(ACCEPT_PAUSE)
+                continue
             nursery.start_soon(_answer, connection, pool, key)
 
 

@@ -64,9 +64,14 @@ async def make_template(config: VMConfig, templates: Templates, *, wait: bool = 
             raise VCError(f"the template cannot be written to {str(templates.directory)!r}: {exc}") from exc
 
 
-async def _make(config: VMConfig, templates: Templates, key: str, facts: dict[str, object]) -> Manifest:
+def check_pluggable(config: VMConfig) -> None:
+    """Refuse a machine that could not be given what a pod shares once it runs. Raises: Unsupported."""
     if config.shared_fs is not None and not machine_type(config.arch, config.machine_type).pcie:
         raise Unsupported(f"machine {config.machine_type!r} has no place to plug the shared directory into")
+
+
+async def _make(config: VMConfig, templates: Templates, key: str, facts: dict[str, object]) -> Manifest:
+    check_pluggable(config)
     began = trio.current_time()
     memory = new_memory(config.memory_mib * MIB)
     try:

@@ -1,10 +1,12 @@
 """VMs that wait and change hands, with real processes and descriptors; only the guest in them is missing."""
 
+import logging
 import os
 import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +16,11 @@ import trio
 from protos.kata import cache_pb2
 from vc.errors import AlreadyExists, HypervisorError, VCError
 from vc.factory import cacheserver
+from vc.factory.cache import CacheFactory
 from vc.factory.cachedoor import ask as call
 from vc.factory.cachedoor import quit_cache, status_of
 from vc.factory.cacheserver import Pool, hand_over, listen_at, run_cache
-from vc.factory.handover import Wanted, handover_path, parse_wanted_untrusted, take
+from vc.factory.handover import Wanted, cache_key, handover_path, parse_wanted_untrusted, take
 from vc.hypervisor.base import VMConfig
 from vc.hypervisor.children import prefix
 from vc.hypervisor.lease import leased
@@ -98,13 +101,15 @@ async def until(condition) -> None:
 
 
 @asynccontextmanager
-async def serving(config: VMConfig, endpoint: Path, sleepers: Sleepers, size: int) -> AsyncIterator[Pool]:
+async def serving(
+    config: VMConfig, endpoint: Path, sleepers: Sleepers, size: int, *, key: str = KEY
+) -> AsyncIterator[Pool]:
     """Keep `size` VMs and hand them over, as long as the block lasts; starts when all are ready."""
     pool = Pool(sleepers, config, size)
     with ExitStack() as stack:
         listener = listen_at(stack, endpoint)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(hand_over, listener, pool, KEY)
+            nursery.start_soon(hand_over, listener, pool, key)
             await nursery.start(pool.fill)
             await until(lambda: len(pool.offers()) == size)
             yield pool
@@ -254,6 +259,63 @@ async def test_a_server_that_dies_while_it_hands_over_is_told(endpoint: Path) ->
             nursery.start_soon(die)
             with pytest.raises(HypervisorError, match="the cache died while it"):
                 await take(endpoint, Wanted(key=KEY))
+
+
+class Next:
+    """The factory that is asked if the cache gives none."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    @asynccontextmanager
+    async def vm(self, config: VMConfig, *, vmid: str, netns, shared_dir) -> AsyncIterator[str]:
+        self.asked.append(vmid)
+        yield "from the next one"
+
+
+async def test_a_pod_whose_cache_gives_no_vm_gets_one_from_the_next_factory_and_the_log_says_why(
+    config: VMConfig, endpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for name in ("qemu", "kernel"):
+        (tmp_path / name).touch()
+    config = replace(config, qemu=tmp_path / "qemu", kernel=tmp_path / "kernel", accelerator="tcg")
+    following = Next()
+    factory = CacheFactory(endpoint, following)
+
+    async def ask(why: str) -> None:
+        caplog.clear()
+        async with factory.vm(config, vmid="abc", netns="", shared_dir=None) as vm:
+            assert vm == "from the next one"
+        assert why in caplog.text
+
+    await ask("no VM from the cache: no cache runs at")
+    async with serving(config, endpoint, Sleepers(), 1, key="another"):
+        await ask("no VM from the cache: the cache says that it keeps VMs of another configuration")
+    async with serving(config, endpoint, Sleepers(), 1, key=cache_key(config)) as pool:
+        pool.promise()
+        await ask("no VM from the cache: the cache says that it has none ready")
+    sleepers = Sleepers()
+    async with serving(config, endpoint, sleepers, 1, key=cache_key(config)):
+        # What is handed over has no monitor and no agent.
+        await ask("from the cache is not used: ")
+        await until(lambda: not alive(sleepers.pids[0]))
+    assert following.asked == ["abc"] * 4
+    assert list((config.run_dir / "vm").iterdir()) == []
+
+
+def test_a_vm_fits_only_the_same_configuration(config: VMConfig, tmp_path: Path) -> None:
+    for name in ("qemu", "kernel"):
+        (tmp_path / name).touch()
+    config = replace(config, qemu=tmp_path / "qemu", kernel=tmp_path / "kernel", accelerator="tcg")
+    assert cache_key(config) == cache_key(replace(config, dial_timeout=7))
+    for change in (
+        {"memory_mib": 128},
+        {"run_dir": tmp_path},
+        {"rootless": False},
+        {"kernel_params": ("x",)},
+    ):
+        assert cache_key(replace(config, **change)) != cache_key(config)
 
 
 async def test_the_grpc_service_tells_promises_and_ends(config: VMConfig, endpoint: Path) -> None:

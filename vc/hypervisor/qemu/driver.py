@@ -259,13 +259,13 @@ async def adopt(config: VMConfig, parked: Parked, *, vm_dir: Path) -> AsyncItera
     Raises: HypervisorError.
     """
     async with AsyncExitStack() as stack:
-        console = stack.enter_context(socket.socket(fileno=os.dup(parked.console)))
         block = taken(NAME, parked.pid, pidfd=parked.pidfd, lease=parked.lease, stderr=parked.stderr)
         child = await stack.enter_async_context(block)
         nursery = await stack.enter_async_context(background())
         # Nobody waits for it: to move a process takes the kernel some milliseconds for each hierarchy.
         nursery.start_soon(trio.to_thread.run_sync, bring_here, parked.pid, keeper_of(parked.pid))
         try:
+            console = stack.enter_context(socket.socket(fileno=os.dup(parked.console)))
             connection = stack.enter_context(connect_nowait(vm_dir / QMP_SOCKET))
         except OSError as exc:
             raise HypervisorError(f"cannot reach the VMM of VM {parked.vmid} in {vm_dir}: {exc}") from exc

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 
 CLONE_NEWNS = 0x00020000  # linux/sched.h
 MS_REC, MS_SLAVE, MS_SHARED = 0x4000, 1 << 19, 1 << 20  # linux/mount.h
@@ -32,6 +33,19 @@ def own_mount_namespace() -> None:
 def become_subreaper() -> None:
     """Inherit the orphans of our children, so that they can be reaped."""
     _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def raise_file_limit() -> None:
+    """Allow this process as many open files as it may have: each process of a pod costs some ten.
+
+    Raises:
+        OSError: it is not allowed.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except ValueError as exc:  # Python's word for EINVAL, and for EPERM
+        raise OSError(f"limit of open files: {exc}") from exc
 
 
 def unmount_all(path: str) -> None:

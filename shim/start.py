@@ -138,7 +138,8 @@ def _settle(containerd: int) -> list[str]:
     from shim import kernel
 
     notes = []
-    for step in (kernel.own_mount_namespace, kernel.become_subreaper, lambda: _set_oom_score(containerd)):
+    steps = (kernel.own_mount_namespace, kernel.become_subreaper, kernel.raise_file_limit)
+    for step in (*steps, lambda: _set_oom_score(containerd)):
         try:
             step()
         except OSError as exc:

@@ -386,6 +386,30 @@ def test_events_of_containers_that_were_paused_or_never_ran(
         assert topics_of(events.wait_for(container, "delete")) == history(runtime, what)
 
 
+def test_a_container_is_updated_while_it_starts(shim: Shim) -> None:
+    """Symptom of peers: limits that are changed in that moment crash the agent."""
+    containers = [shim.create() for _ in range(3)]
+    with ThreadPoolExecutor(4 * len(containers)) as pool:
+        answers = [
+            pool.submit(shim.call, name, id=container, **FIELDS.get(name, {}))
+            for container in containers
+            for name in ("Update", "Start", "Update", "Update")
+        ]
+        assert {answer.result().code for answer in answers} == {Code.OK}
+    subjects = Subjects(shim)
+    assert {subjects.state({"id": container}) for container in containers} == {"running"}
+
+
+def test_a_checkpoint_that_is_refused_is_not_told_as_one(shim: Shim, runtime: str, events: Recorder) -> None:
+    container = shim.create()
+    shim.start(container)
+    assert shim.call("Checkpoint", id=container, **FIELDS["Checkpoint"]).code != Code.OK
+    shim.must("Kill", id=container, signal=9)
+    shim.must("Wait", id=container)
+    shim.must("Delete", id=container)
+    assert topics_of(events.wait_for(container, "delete")) == history(runtime, "a container that ends")
+
+
 def rendered() -> str:
     """Return the document: what our shim does, and where runc's does something else."""
     parts = [INTRODUCTION]

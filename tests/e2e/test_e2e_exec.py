@@ -157,6 +157,18 @@ def test_control_c_in_a_terminal_interrupts_the_process(containerd: Containerd, 
         assert terminal.wait() == 130
 
 
+def test_the_end_of_a_shell_is_known_though_its_background_child_keeps_the_terminal(
+    containerd: Containerd, shared: str
+) -> None:
+    """Symptom of peers: leaving a shell that has started something in the background hangs."""
+    script = "trap '' HUP; sleep 4243 & echo child $!; exit 5"
+    arguments = containerd.exec_arguments(shared, "sh", "-c", script, flags=["--tty"])
+    with Terminal(containerd, *arguments) as terminal:
+        child = terminal.expect("child ([0-9]+)\r*\n")[1].decode()
+        assert terminal.wait() == 5
+    assert containerd.exec(shared, "kill", "-9", child).exit_status == 0
+
+
 def test_user_and_directory_of_an_exec(containerd: Containerd, shared: str) -> None:
     result = containerd.exec(
         shared, "sh", "-c", "id -u; pwd", flags=["--user", "1000:1000", "--cwd", "/home"]

@@ -43,6 +43,8 @@ async def test_the_server_is_a_daemon_of_its_own_that_holds_nothing_of_the_bundl
     assert (process / "cwd").readlink() == Path("/")
     assert [(process / "fd" / number).readlink() for number in "01"] == [Path("/dev/null")] * 2
     assert (process / "fd" / "2").readlink() == made.path / "log"
+    soft, hard = (process / "limits").read_text().partition("Max open files")[2].split()[:2]
+    assert soft == hard
     if os.geteuid() == 0:
         assert (process / "ns" / "mnt").readlink() != Path("/proc/self/ns/mnt").readlink()
         ours = int(Path("/proc/self/oom_score_adj").read_text())

@@ -62,6 +62,11 @@ class SlowAgent:
                 self.created.add(request.container_id)
         return Empty()
 
+    async def exec_process(self, request: agent_pb2.ExecProcessRequest, context: Context) -> object:
+        async with self.lock:
+            await trio.sleep(1)
+        return Empty()
+
     async def remove_container(self, request: agent_pb2.RemoveContainerRequest, context: Context) -> object:
         with trio.CancelScope(shield=True):
             async with self.lock:
@@ -139,6 +144,16 @@ async def test_a_container_that_was_given_up_is_not_left_in_the_guest(
             )
         await trio.sleep(takes)
         assert agent.removed == ["c1"]
+
+
+async def test_many_execs_at_once_in_a_slow_guest_are_not_given_up_for_waiting_for_each_other(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Symptom: of two hundred execs at once, those fail whose turn comes after a minute."""
+    async with client_of(SlowAgent()) as client, trio.open_nursery() as nursery:
+        for number in range(200):
+            request = agent_pb2.ExecProcessRequest(container_id="c1", exec_id=f"e{number}")
+            nursery.start_soon(client.exec_process, request)
 
 
 class LosingAgent(SlowAgent):

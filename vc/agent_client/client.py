@@ -38,6 +38,7 @@ FIRST_STDIO_PORT = 0x10000  # chosen by us; Kata's own ports are all below
 
 REQUEST_TIMEOUT = 60.0  # seconds; Kata's default for every call that is not a wait
 CHECK_TIMEOUT = 30.0
+EXECS_AT_ONCE = 8  # more only wait for each other in the guest, and their limits run out there
 CAUSE_GRACE = 1.0  # how long the watcher of the VMM has to name the cause of a lost connection
 STATE_TIMEOUT = 10.0  # calls on the way to an end: the guest may be sick, and containerd waits
 
@@ -73,6 +74,7 @@ class AgentClient:
         self._ports = itertools.count(FIRST_STDIO_PORT)
         self._failure: GuestGone | None = None
         self._failed = trio.Event()
+        self._execs = trio.CapacityLimiter(EXECS_AT_ONCE)
 
     @property
     def failure(self) -> GuestGone | None:
@@ -246,8 +248,9 @@ class AgentClient:
     # Processes
 
     async def exec_process(self, request: agent_pb2.ExecProcessRequest) -> None:
-        """Start a further process in a container; it runs when this returns."""
-        await self._order("ExecProcess", request)
+        """Start a further process in a container; it runs when this returns. May wait for its turn."""
+        async with self._execs:
+            await self._order("ExecProcess", request)
 
     async def signal_process(self, container_id: str, exec_id: str, signal: int) -> None:
         """Send a signal; an empty exec id with SIGKILL means every process of the container."""

@@ -222,7 +222,7 @@ def spawn(argv: Sequence[str], name: str, pass_fds: Sequence[int]) -> tuple[subp
     log.debug("starting %s: %s", name, " ".join(argv))
     stderr, child_stderr = os.pipe2(os.O_CLOEXEC)
     try:
-        with _no_core_dumps():
+        with _limits_of_children():
             process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
@@ -245,17 +245,22 @@ def spawn(argv: Sequence[str], name: str, pass_fds: Sequence[int]) -> tuple[subp
 
 
 @contextmanager
-def _no_core_dumps() -> Iterator[None]:
-    """Let children that are started inside never leave a core file: it would hold the guest's memory.
+def _limits_of_children() -> Iterator[None]:
+    """Give children that are started inside limits of their own.
 
-    A limit of 1 byte and not of 0, since a core dump that goes to a program is only stopped by that: core(5).
+    They never leave a core file: it would hold the guest's memory. That is a limit of 1 byte and not of 0,
+    since a core dump that goes to a program is only stopped by that: core(5). And they may open as many files
+    as is allowed at all: virtiofsd has one open for each that the guest knows, and the usual 1024 would show
+    it directories with files missing.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (NO_CORE if hard else 0, hard))
+    core, files = (resource.getrlimit(which) for which in (resource.RLIMIT_CORE, resource.RLIMIT_NOFILE))
+    resource.setrlimit(resource.RLIMIT_CORE, (NO_CORE if core[1] else 0, core[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_CORE, core)
+        resource.setrlimit(resource.RLIMIT_NOFILE, files)
 
 
 def descendants(pid: int) -> list[int]:

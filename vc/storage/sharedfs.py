@@ -5,8 +5,8 @@ They do the same and want other words. `command_line` is pure and knows both; `v
 
 virtiofsd reads requests from the guest's memory, so it is as exposed as QEMU. It puts itself into
 namespaces where the shared directory is the root, drops capabilities and filters system calls, both
-programs by default. Both also raise their limit of open files, because a file that the guest has looked up
-costs a descriptor.
+programs by default. A file that the guest has looked up costs a descriptor, so it is started with the limit
+of open files raised as far as that may be.
 
 Mounts that appear below the directory later appear in virtiofsd's namespace by propagation, for which the
 directory must be a slave or shared mount; announcing them tells the guest where one begins, without which two

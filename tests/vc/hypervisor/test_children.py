@@ -1,6 +1,7 @@
 """Real child processes: started, watched, ended, and nothing left of them."""
 
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -44,6 +45,19 @@ async def test_an_exception_of_the_block_comes_out_as_it_was() -> None:
         async with running([*prefix(capabilities=True), "sleep", "1000"], name="thing") as child:
             raise ZeroDivisionError
     assert not is_alive(child.pid)
+
+
+async def test_a_child_may_open_as_many_files_as_is_allowed_at_all() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        argv = [*prefix(capabilities=True), "sh", "-c", "ulimit -S -n"]
+        async with running(argv, name="thing") as child:
+            await child.wait_dead()
+        assert child.stderr.lines() == [str(hard)]
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (256, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_a_child_gets_the_descriptors_it_is_meant_to_get_and_no_others() -> None:

@@ -54,6 +54,7 @@ from vc.persist.schema import SandboxRecord
 from vc.persist.store import Layout
 from vc.process import StdioRequest
 from vc.resources import Size, static_size
+from vc.spare import spare_descriptors
 from vc.storage.look import look
 from vc.storage.mounts import Mount
 from vc.storage.share import GUEST_SHARE, Share, container_rootfs, shared_directory, volume
@@ -270,7 +271,7 @@ async def open_sandbox(
         log.warning("%s", warning)
     layout = Layout(config.runtime.run_dir)
     vmid = secrets.token_hex(8)
-    async with AsyncExitStack() as stack:
+    async with AsyncExitStack() as stack, spare_descriptors():
         lock = store.claim(layout, spec.id)
         stack.callback(lock.release)
         stack.callback(store.forget, layout, spec.id)

@@ -33,6 +33,7 @@ from vc.hypervisor.base import Machine, VirtioFS, VMConfig
 from vc.hypervisor.parked import Parked
 from vc.monitor import HealthCheck, wait_hung
 from vc.persist.store import Layout
+from vc.spare import spare_descriptors
 from vc.storage.sharedfs import SOCKET as VIRTIOFS_SOCKET
 from vc.storage.sharedfs import SharedFS, virtiofsd
 
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 CONSOLE_LINES = 8  # at the end of an error
 KERNEL_PANIC = "Kernel panic - not syncing"  # Linux, kernel/panic.c
+KERNEL_FAULTS = ("kernel BUG at ", "BUG: ", "Oops: ")  # Linux, lib/bug.c, arch/x86/mm/fault.c, dumpstack.c
 # virtiofsd ends when QEMU does, sometimes a little earlier than QEMU's death is known. It is the culprit
 # only if QEMU is alive after this time.
 BLAME_GRACE = 0.5  # seconds
@@ -166,7 +168,10 @@ def console_tail(machine: Machine) -> str:
         lines = lines[: panics[-1] + 1]  # what follows is a register dump
     if not lines:
         return "the guest printed nothing on its console"
-    return "last console lines: " + " | ".join(line.strip() for line in lines[-CONSOLE_LINES:])
+    tail = lines[-CONSOLE_LINES:]
+    # Of a fault the first lines say most, and they are far above the panic that it ends in.
+    faults = [line for line in lines[:-CONSOLE_LINES] if any(mark in line for mark in KERNEL_FAULTS)]
+    return "last console lines: " + " | ".join(line.strip() for line in (*faults[:1], *tail))
 
 
 @asynccontextmanager
@@ -190,7 +195,7 @@ async def boot_vm(
     """
     began = trio.current_time()
     beginning = beginning or Boot()
-    async with AsyncExitStack() as stack:
+    async with AsyncExitStack() as stack, spare_descriptors():
         directory = _directory(beginning, Layout(config.run_dir).vm(vmid))
         stack.callback(directory.give_back)
         share: SharedFS | None = None

@@ -118,6 +118,25 @@ def check_transport(config: Config) -> Iterator[Finding]:
     yield Finding(Level.OK, "agent transport", f'{chosen}: agent_transport is "{requested}", and {state}')
 
 
+def check_isolation(config: Config) -> Iterator[Finding]:
+    """Say as whom QEMU would run."""
+    from vc.hypervisor.configure import vm_config
+    from vc.hypervisor.jail import obstacle
+    from vc.hypervisor.qemu.driver import needs_of, resolved
+
+    if os.geteuid() != 0 or missing_files(config):
+        return  # there is an error about that already
+    as_root = "QEMU runs as root without capabilities and sees the host's files"
+    if not config.hypervisor.rootless:
+        advice = "set rootless to true in [hypervisor.qemu]"
+        yield Finding(Level.WARN, "isolation", f"{as_root}: rootless is false", advice)
+    elif reason := obstacle(needs_of(resolved(vm_config(config)))):
+        advice = "run it where mounts and users can be made, on Linux 5.12 or later"
+        yield Finding(Level.WARN, "isolation", f"{as_root}: {reason}", advice)
+    else:
+        yield Finding(Level.OK, "isolation", "QEMU runs as a user and in a root directory of its own")
+
+
 def check_memory(config: Config) -> Iterator[Finding]:
     """Compare what one VM takes with what is free."""
     wanted = config.hypervisor.default_memory + VMM_MIB
@@ -135,6 +154,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     check_guest,
     check_accelerator,
     check_transport,
+    check_isolation,
     check_memory,
 )
 

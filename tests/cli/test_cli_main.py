@@ -91,6 +91,22 @@ def test_check_says_what_it_found(home: Path, command: str) -> None:
     assert ("System is capable of running Kata Containers" in done.stdout) is not failed
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_check_says_as_whom_qemu_would_run(home: Path) -> None:
+    path = home / "configuration.toml"
+    done = run("check", config=path)
+    [said] = lines_about("isolation", done.stdout)
+    assert said.startswith("warn  isolation: QEMU runs as root") and "others may not run" in said
+    home.chmod(0o755)
+    done = run("check", config=path)
+    assert lines_about("isolation", done.stdout) == [
+        "ok    isolation: QEMU runs as a user and in a root directory of its own"
+    ]
+    path.write_text(CONFIG.format(home=home) + "\nrootless = false\n")
+    done = run("check", config=path)
+    assert lines_about("isolation", done.stdout)[0].startswith("warn  isolation: QEMU runs as root")
+
+
 def test_check_fails_and_says_what_to_do_when_files_are_missing(home: Path) -> None:
     (home / "vmlinux").unlink()
     (home / "qemu").unlink()

@@ -34,6 +34,7 @@ from vc.storage.mounts import (
     MS_RDONLY,
     MS_REC,
     MS_REMOUNT,
+    bind,
     mount,
 )
 
@@ -58,6 +59,7 @@ MOUNT_POINT = Path("/proc")
 TOP_LEVEL = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 LINKER_CACHE = Path("/etc/ld.so.cache")
 ROOT_KIB = 256  # of the root itself: directories, links, and places to mount on
+COPIES = "copies"  # of files that others may not read
 READABLE = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 # proc(5): only what is about processes, and of these only those of one's own user. Since Linux 5.8, which
 # also made them properties of the mount instead of the PID namespace.
@@ -80,7 +82,7 @@ class Jail:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a VMM opens by path."""
+    """What a VMM opens by path. The paths lead through no symbolic link: `Path.resolve`."""
 
     program: Path
     files: tuple[Path, ...] = ()
@@ -106,6 +108,16 @@ def jail(vmid: str, needs: Needs, *, netns: str | None) -> Iterator[Jail | None]
             _warn_once(str(exc))
             made = None
         yield made
+
+
+def obstacle(needs: Needs) -> str:
+    """Return why this host cannot make a jail; empty if it can."""
+    with ExitStack() as stack:
+        try:
+            _make(stack, FIRST_UID, needs, "")
+        except (OSError, KeyError) as exc:
+            return str(exc)
+    return ""
 
 
 @lru_cache(maxsize=1)
@@ -175,16 +187,20 @@ def _in_thread(make: Callable[[], list[tuple[str, str]]]) -> list[tuple[str, str
 
 def _build(root: Path, needs: Needs) -> None:
     """Make the root directory, in this thread's own mount namespace, and move there. Raises: OSError."""
+    os.umask(0o022)  # of this thread alone, as the mount namespace is: unshare(2), CLONE_FS
     mount("none", Path("/"), "", MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NOEXEC, f"mode=0755,size={_size(needs)}")
-    _bind(root, PROGRAMS)
+    _bind(root, PROGRAMS, PROGRAMS)
     for name in TOP_LEVEL:
         path = Path("/", name)
         if path.is_symlink():
-            (root / name).symlink_to(path.readlink())
+            (root / name).symlink_to(str(path.readlink()).lstrip("/"))
         elif path.is_dir():
-            _bind(root, path)
-    for path in (*_outside(needs.program), LINKER_CACHE, *needs.files):
+            _bind(root, path, path)
+    for path in (*_outside(needs.program), LINKER_CACHE):
+        _bind(root, path, path)
+    _check_program(root, needs.program)
+    for path in needs.files:
         _give(root, path)
     for path in needs.devices:
         _give_device(root, path)
@@ -205,11 +221,26 @@ def _size(needs: Needs) -> str:
 
 def _outside(program: Path) -> Sequence[Path]:
     """Return the directories of a program that is not in /usr: its own, or the tree that has it in bin."""
-    directory = program.resolve().parent
+    directory = program.parent
     if any(directory.is_relative_to(place) for place in (PROGRAMS, *(Path("/", name) for name in TOP_LEVEL))):
         return ()
     tree = directory.parent if directory.name == "bin" and directory.parent != Path("/") else directory
     return (tree,)
+
+
+def _check_program(root: Path, program: Path) -> None:
+    """Refuse a program that this user could not run. Raises: OSError."""
+    place = root / program.relative_to("/")
+    if place.exists() and (_closed(root, program) or not place.stat().st_mode & stat.S_IXOTH):
+        raise PermissionError(f"others may not run {str(program)!r}")
+
+
+def _closed(root: Path, path: Path) -> Path | None:
+    """Return the topmost directory on the way to a path that others may not enter."""
+    for parent in reversed([root / place.relative_to("/") for place in path.parents]):
+        if parent.exists() and not parent.stat().st_mode & stat.S_IXOTH:
+            return parent
+    return None
 
 
 def _is_readable(path: Path) -> bool:
@@ -220,29 +251,33 @@ def _give(root: Path, path: Path) -> None:
     """Show a file or directory at its own path. Of one that is not there the VMM will complain."""
     if not path.exists():
         return
+    # It may be in a tree that is there already.
+    while closed := _closed(root, path):
+        mount("tmpfs", closed, "tmpfs", MS_NOSUID | MS_NOEXEC | MS_NODEV, f"mode=0755,size={ROOT_KIB}k")
     if path.is_dir() or _is_readable(path):
-        _bind(root, path)
-    else:
-        place = _place(root, path)
-        shutil.copyfile(path, place)
-        place.chmod(READABLE)
+        if not (root / path.relative_to("/")).exists():
+            _bind(root, path, path)
+        return
+    copies = root / COPIES
+    copies.mkdir(exist_ok=True)
+    copy = copies / str(len(list(copies.iterdir())))
+    shutil.copyfile(path, copy)
+    copy.chmod(READABLE)
+    _bind(root, copy, path)
 
 
-def _bind(root: Path, path: Path) -> None:
-    """Bind a file or directory, with what is mounted below it, at its own path, read-only."""
-    place = _place(root, path)
-    mount(str(path), place, "", MS_BIND | MS_REC)
-    mount("", place, "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
-
-
-def _place(root: Path, path: Path) -> Path:
+def _bind(root: Path, source: Path, path: Path) -> None:
+    """Bind a file or directory, if it is there, at a path of the jail, read-only."""
+    if not source.exists():
+        return
     place = root / path.relative_to("/")
-    place.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    if path.is_dir():
-        place.mkdir(mode=0o755, exist_ok=True)
-    else:
-        place.touch(mode=0o644)
-    return place
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            place.mkdir()
+        else:
+            place.touch()
+    bind(source, place, read_only=True)
 
 
 def _give_device(root: Path, path: Path) -> None:
@@ -251,7 +286,7 @@ def _give_device(root: Path, path: Path) -> None:
         _give(root, path)  # a source of entropy may be a file
         return
     place = root / path.relative_to("/")
-    place.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
     os.mknod(place, stat.S_IFCHR | 0o600, path.stat().st_rdev)
     place.chmod(0o666)
 

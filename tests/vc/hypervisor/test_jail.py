@@ -2,6 +2,7 @@
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from vc.hypervisor.children import prefix, running
-from vc.hypervisor.jail import FIRST_UID, TOP_LEVEL, UIDS, Needs, jail, uid_of
+from vc.hypervisor.jail import FIRST_UID, TOP_LEVEL, UIDS, Needs, jail, obstacle, uid_of
 
 ROOT = Path(__file__).parents[3]
 VMID = "0123456789abcdef"
-SHELL = Needs(program=Path("/usr/bin/sh"), devices=(Path("/dev/null"), Path("/dev/urandom")))
+SHELL = Needs(program=Path("/usr/bin/sh").resolve(), devices=(Path("/dev/null"), Path("/dev/urandom")))
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -59,6 +60,47 @@ async def test_a_file_that_others_may_not_read_is_given_all_the_same(tmp_path: P
     given.chmod(0o600)
     needs = Needs(program=SHELL.program, files=(given,))
     assert await said(f"wc -c <{given}", needs) == ["3000000"]
+
+
+async def test_what_lies_in_the_programs_tree_is_given_even_if_others_may_not_enter(
+    tmp_path: Path,
+) -> None:
+    """Programs outside of /usr bring their directory along, and the guest may lie in it."""
+    tree = tmp_path / "kata"
+    for name in ("bin/sh", "share/open/kernel", "share/closed/deeper/initrd", "share/closed/image"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(name)
+    shutil.copy("/usr/bin/sh", tree / "bin" / "sh")
+    (tree / "share/closed").chmod(0o700)
+    (tree / "share/open/kernel").chmod(0o600)
+    (tree / "share/closed/image").chmod(0o600)
+    names = ("share/open/kernel", "share/closed/deeper/initrd", "share/closed/image")
+    files = [tree / name for name in names]
+    needs = Needs(program=tree / "bin" / "sh", files=tuple(files))
+    lines = await said(" && echo && ".join(f"cat {file}" for file in files), needs)
+    assert lines == list(names)
+
+
+def test_a_program_that_others_may_not_run_is_told(tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "sh"
+    program.parent.mkdir()
+    shutil.copy("/usr/bin/sh", program)
+    program.chmod(0o700)
+    assert "others may not run" in obstacle(Needs(program=program))
+    assert obstacle(SHELL) == ""
+
+
+async def test_a_host_that_gives_nothing_to_others_has_the_same_jail(tmp_path: Path) -> None:
+    """Symptom: QEMU could not open its devices. Cause: the directories were made by the process's umask."""
+    given = tmp_path / "etc" / "kernel"
+    before = os.umask(0o077)
+    try:
+        given.parent.mkdir()
+        given.write_text("the kernel\n")
+        needs = Needs(program=SHELL.program, files=(given,), devices=SHELL.devices)
+        assert await said(f"cat {given} && echo >/dev/null && echo ok", needs) == ["the kernel", "ok"]
+    finally:
+        assert os.umask(before) == 0o077
 
 
 async def test_nothing_can_be_written_but_to_a_device(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ async def launch(
             except OSError as exc:
                 raise HypervisorError(f"cannot prepare VM {vmid} in {vm_dir}: {exc}") from exc
             stack.callback(connection.close)
-            jail = await _enter_jail(stack, config, vmid=vmid, netns=netns)
+            config, jail = await _enter_jail(stack, config, vmid=vmid, netns=netns)
             argv = command_line(config, wiring, vmid=vmid, uuid=str(uuid.uuid4()))
             argv = prefix(netns=netns, jail=jail) + argv
             descriptors = _descriptors(wiring)
@@ -291,14 +291,30 @@ async def _operated(machine: QemuMachine, connection: socket.socket) -> AsyncIte
 
 async def _enter_jail(
     stack: AsyncExitStack, config: VMConfig, *, vmid: str, netns: str | None
-) -> Jail | None:
-    """Make the VMM a jail, unless it is not to have one."""
+) -> tuple[VMConfig, Jail | None]:
+    """Make the VMM a jail, unless it is not to have one; return the description that is true in it."""
     if not config.rootless or os.geteuid() != 0:
-        return None
+        return config, None
+    config = resolved(config)
+    return config, await enter(stack, make_jail(vmid, needs_of(config), netns=netns))
+
+
+def resolved(config: VMConfig) -> VMConfig:
+    """Name the files without symbolic links, which would lead elsewhere in another root directory."""
+    return replace(
+        config,
+        qemu=config.qemu.resolve(),
+        kernel=config.kernel.resolve(),
+        initrd=config.initrd and config.initrd.resolve(),
+        image=config.image and config.image.resolve(),
+    )
+
+
+def needs_of(config: VMConfig) -> Needs:
+    """Return what QEMU opens by path; all else it is given as descriptors."""
     devices = [Path("/dev/null"), config.entropy_source, *([KVM_DEVICE] if config.accelerator == KVM else [])]
     files = [path for path in (config.kernel, config.initrd, config.image) if path is not None]
-    needs = Needs(program=config.qemu, files=tuple(files), devices=tuple(dict.fromkeys(devices)))
-    return await enter(stack, make_jail(vmid, needs, netns=netns))
+    return Needs(program=config.qemu, files=tuple(files), devices=tuple(dict.fromkeys(devices)))
 
 
 async def _with_accelerator(config: VMConfig) -> VMConfig:

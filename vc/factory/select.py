@@ -15,7 +15,7 @@ def make_factory(config: Config) -> Factory:
 
         factory = template_factory(config)
     if config.factory.vm_cache_number:
-        from vc.factory.cache import CacheFactory
+        from vc.factory.cache import cache_factory
 
-        factory = CacheFactory(config.factory.vm_cache_endpoint, factory)
+        factory = cache_factory(config, factory)
     return factory

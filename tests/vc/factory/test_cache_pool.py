@@ -281,7 +281,7 @@ async def test_a_pod_whose_cache_gives_no_vm_gets_one_from_the_next_factory_and_
         (tmp_path / name).touch()
     config = replace(config, qemu=tmp_path / "qemu", kernel=tmp_path / "kernel", accelerator="tcg")
     following = Next()
-    factory = CacheFactory(endpoint, following)
+    factory = CacheFactory(endpoint, config, following)
 
     async def ask(why: str) -> None:
         caplog.clear()

@@ -89,8 +89,8 @@ def test_an_exec_id_that_is_in_use_is_refused(containerd: Containerd, shared: st
     assert containerd.exec(shared, "true", flags=flags).exit_status == 0  # free again
 
 
-def test_100_mib_there_and_back(containerd: Containerd, shared: str) -> None:
-    data = os.urandom(MIB) * 100
+def test_32_mib_there_and_back(containerd: Containerd, shared: str) -> None:
+    data = os.urandom(MIB) * 32
     result = containerd.exec(shared, "cat", stdin=data, timeout=4 * TIMEOUT)
     assert (result.exit_status, len(result.stdout)) == (0, len(data))
     assert hashlib.sha256(result.stdout).digest() == hashlib.sha256(data).digest()

@@ -4,6 +4,8 @@ import hashlib
 import os
 import platform
 import re
+import resource
+import shutil
 
 import pytest
 
@@ -128,6 +130,23 @@ def test_a_bind_mount_is_seen_from_both_sides(containerd: Containerd) -> None:
     )
     assert (result.stdout, result.exit_status) == (b"of the host", 0), result
     assert (directory / "from-guest").read_text() == "guest"
+
+
+def test_a_volume_has_more_files_than_the_daemon_may_open(containerd: Containerd) -> None:
+    """Symptom of peers: "too many open files". The server of the shared files has one open for each known."""
+    volume = containerd.directory / "many-files"
+    volume.mkdir()
+    for number in range(3000):
+        (volume / str(number)).touch()
+    soft, hard = resource.prlimit(containerd.daemon_pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(containerd.daemon_pid, resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        mounts = ["--mount", f"type=bind,src={volume},dst=/volume,options=rbind:rw"]
+        result = containerd.run("sh", "-c", "ls -l /volume | grep -c ^-", flags=mounts)
+    finally:
+        resource.prlimit(containerd.daemon_pid, resource.RLIMIT_NOFILE, (soft, hard))
+        shutil.rmtree(volume)
+    assert (result.stdout, result.stderr, result.exit_status) == (b"3000\n", b"", 0), result
 
 
 def test_a_read_only_root_and_a_read_only_mount_refuse_writes(containerd: Containerd) -> None:

@@ -8,10 +8,12 @@ modules of memory, which the guest's kernel counted when it booted.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import trio
 
 from vc.errors import Unsupported
+from vc.hypervisor.accelerator import settle
 from vc.hypervisor.base import MemoryModule, Processor, VMConfig
 from vc.vm import VM
 
@@ -32,6 +34,17 @@ def can_grow(base: VMConfig, config: VMConfig) -> str:
     ):
         if not has <= wants <= most:
             return f"it has {has} {what} and can have up to {most}, the pod is to have {wants}"
+    return ""
+
+
+def can_add_processors(base: VMConfig, config: VMConfig) -> str:
+    """Say why processors cannot be plugged into a VM of `base`'s; empty if they can, or need not.
+
+    An emulator that must know of all of them from the start, in order to run them in turns, was not told of
+    these. Blocks: QEMU may be asked for its version. Raises: Unsupported.
+    """
+    if config.vcpus > base.vcpus and not settle(replace(base, vcpus=config.vcpus))[0].parallel_vcpus:
+        return f"{base.qemu} cannot run processors safely that are plugged: it must be 8.1 or later"
     return ""
 
 

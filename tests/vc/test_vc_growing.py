@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vc.growing import MAX_GROWTH, can_grow
+from vc.growing import MAX_GROWTH, can_add_processors, can_grow
 from vc.hypervisor.base import VMConfig
 
 BASE = VMConfig(
@@ -51,3 +51,17 @@ def test_a_small_guest_is_not_given_more_than_it_can_account_for() -> None:
     base = replace(BASE, memory_mib=128, max_memory_mib=1 << 20)
     assert can_grow(base, replace(base, memory_mib=128 * MAX_GROWTH)) == ""
     assert can_grow(base, replace(base, memory_mib=128 * MAX_GROWTH + 1)) != ""
+
+
+@pytest.mark.parametrize(
+    ("version", "vcpus", "refused"), [("7.2.22", 2, True), ("7.2.22", 1, False), ("8.1.0", 2, False)]
+)
+def test_processors_are_plugged_only_into_an_emulator_that_runs_them_safely(
+    tmp_path: Path, version: str, vcpus: int, refused: bool
+) -> None:
+    """See `PARALLEL_TCG`: the machine was started with one thread for each, when it had one."""
+    qemu = tmp_path / "qemu"
+    qemu.write_text(f"#!/bin/sh\necho 'QEMU emulator version {version}'\n")
+    qemu.chmod(0o755)
+    base = replace(BASE, qemu=qemu, accelerator="tcg")
+    assert bool(can_add_processors(base, replace(base, vcpus=vcpus))) is refused

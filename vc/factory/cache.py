@@ -21,7 +21,7 @@ from vc.errors import HypervisorError, Unsupported, VCError
 from vc.factory import Factory
 from vc.factory.handover import Wanted, cache_key, take
 from vc.factory.template import RESTORE_TIMEOUT
-from vc.growing import can_grow, grow
+from vc.growing import can_add_processors, can_grow, grow
 from vc.hypervisor.base import VMConfig
 from vc.hypervisor.configure import vm_config
 from vc.vm import VM, boot_vm
@@ -59,6 +59,9 @@ class CacheFactory:
             return None
         sized = replace(config, vcpus=self._base.vcpus, memory_mib=self._base.memory_mib)
         try:
+            if why := await trio.to_thread.run_sync(can_add_processors, self._base, config):
+                log.info("no VM from the cache: it would be too small: %s", why)
+                return None
             key = await trio.to_thread.run_sync(cache_key, sized)
             parked = await take(self._endpoint, Wanted(key=key))
         except (HypervisorError, Unsupported) as exc:

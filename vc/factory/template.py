@@ -29,7 +29,7 @@ from vc.factory.identity import identify
 from vc.factory.later import Later
 from vc.factory.memory import checksum, load_memory, new_memory
 from vc.factory.templates import BrokenTemplate, ForeignTemplate, Template, Templates
-from vc.growing import can_grow, grow
+from vc.growing import can_add_processors, can_grow, grow
 from vc.hypervisor.base import VMConfig
 from vc.hypervisor.configure import vm_config
 from vc.vm import VM, boot_vm
@@ -96,8 +96,11 @@ class TemplateFactory:
         if why := can_grow(self._base, config):
             log.info("booting: a VM from the template is too small or too large: %s", why)
             return ""
-        config = self._sized(config)
+        wanted, config = config, self._sized(config)
         try:
+            if why := await trio.to_thread.run_sync(can_add_processors, self._base, wanted):
+                log.info("booting: a VM from the template is too small: %s", why)
+                return ""
             key, _ = await trio.to_thread.run_sync(identify, config)
             fits = config == self._base or key == (await trio.to_thread.run_sync(identify, self._base))[0]
         except (HypervisorError, Unsupported):

@@ -32,6 +32,7 @@ from vc.resources import Size, container_size, pod_size
 from vc.sandbox import Sandbox, SandboxSpec
 from vc.storage.look import look
 from vc.storage.mounts import Mount
+from vc.storage.share import check_root
 
 if TYPE_CHECKING:
     from shim.announce import Announcer
@@ -109,7 +110,10 @@ class Pod:
             if not spec.get("process"):
                 raise InvalidArgument(f"{request.bundle}/config.json has no process to run")
             identity = oci.identify(oci.read_annotations(spec), request.id)
-            await trio.to_thread.run_sync(check_workload, spec, look)  # a mistake shall not cost a boot
+            # A mistake shall not cost a boot.
+            await trio.to_thread.run_sync(check_workload, spec, look)
+            if not request.rootfs:
+                await trio.to_thread.run_sync(check_root, Path(request.bundle, oci.root(spec)[0]))
             # As for an exec, the request decides: containerd's clients may say it there alone.
             spec["process"] = {**spec["process"], "terminal": request.stdio.terminal}
             plan = stdio_uri.plan(request.stdio)

@@ -44,6 +44,7 @@ from vc.oci.mounts import (
     clean,
     mount_points,
     plan_mounts,
+    refuse_unmade,
     shm_flags,
 )
 from vc.oci.mounts import Mount as SpecMount
@@ -228,6 +229,7 @@ class Sandbox:
         for planned in plan:
             if planned.note:
                 log.warning("container %s: %s", container_id, planned.note)
+            refuse_unmade(planned)
             if planned.plan is Plan.SHARE:
                 source = Path(clean(planned.mount.source))
                 shared = volume(
@@ -243,11 +245,6 @@ class Sandbox:
                 mounts.append(SpecMount(planned.mount.destination, GUEST_SHM, "bind", ("rbind", *flags)))
             elif planned.plan is Plan.GUEST:
                 mounts.append(planned.mount)
-            elif planned.plan is not Plan.IGNORE:
-                raise Unsupported(
-                    f"container {container_id!r}: the mount of {planned.mount.source!r} on "
-                    f"{planned.mount.destination!r} needs a {planned.plan.value} volume; there are none yet"
-                )
         return mounts
 
 

@@ -198,6 +198,7 @@ class Shim:
     def bundle(self, task_id: str, **more: Any) -> str:
         path = self.bundles / task_id
         path.mkdir(exist_ok=True)
+        (path / "rootfs").mkdir(exist_ok=True)
         (path / "config.json").write_text(json.dumps(SPEC | more))
         return str(path)
 

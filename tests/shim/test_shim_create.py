@@ -39,8 +39,18 @@ async def test_the_root_is_where_the_mounts_go_or_where_the_spec_says(shim: Shim
     assert given["rootfs"] == shim.bundles / "c1" / "rootfs"
     assert given["rootfs_mounts"] == (Mount("bind", "/x", "", ("rbind", "ro")),)
     await shim.call("Delete", id="c1")
-    await shim.call("Create", id="c2", bundle=shim.bundle("c2", root={"path": "/mnt/docker"}))
-    assert shim.container("c2").given["rootfs"] == Path("/mnt/docker")
+    docker = shim.bundles / "docker"
+    docker.mkdir()
+    await shim.call("Create", id="c2", bundle=shim.bundle("c2", root={"path": str(docker)}))
+    assert shim.container("c2").given["rootfs"] == docker
+
+
+async def test_a_missing_root_is_refused_before_there_is_a_sandbox(shim: Shim) -> None:
+    """It cost a boot before it was refused."""
+    refused = await shim.fails("Create", id="c1", bundle=shim.bundle("c1", root={"path": "/no/such/root"}))
+    assert refused.code == Code.INVALID_ARGUMENT
+    assert "root '/no/such/root' is no directory" in refused.message
+    assert not shim.sandboxes
 
 
 async def test_the_request_decides_about_the_terminal(shim: Shim) -> None:

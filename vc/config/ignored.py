@@ -1,8 +1,8 @@
 """Kata's keys that are known and not implemented, so that a Kata configuration file loads.
 
-Each stands beside the values at which ignoring it changes nothing, Kata's own default among them: with one of
-these it is ignored silently, with any other the load leaves a warning. The keys of `REFUSED` promise what a
-warning cannot replace, so any other value of theirs is an error.
+Each stands beside the values at which ignoring it changes nothing, Kata's own default among them unless it
+promises something: with one of these it is ignored silently, with any other the load leaves a warning. The
+keys of `REFUSED` promise what a warning cannot replace, so any other value of theirs is an error.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ IGNORED: Final[Mapping[str, Mapping[str, tuple[object, ...]]]] = {
         "jaeger_user": _EMPTY,
         "jaeger_password": _EMPTY,
         "sandbox_cgroup_only": _OFF,
-        "static_sandbox_resource_mgmt": (True, False),
+        "static_sandbox_resource_mgmt": (True,),  # what is done: a pod's VM keeps its size
         "sandbox_bind_mounts": _NONE,
         "vfio_mode": ("guest-kernel",),
         "disable_guest_empty_dir": (True,),

@@ -155,6 +155,15 @@ def plan_mount(mount: Mount, look: Look, path: str) -> PlannedMount:
     return _plan_share(mount, host)
 
 
+def refuse_unmade(planned: PlannedMount) -> None:
+    """Refuse a mount whose plan nobody can carry out yet. Raises: Unsupported."""
+    if planned.plan in (Plan.BLOCK, Plan.EPHEMERAL):
+        raise Unsupported(
+            f"the mount of {quoted(planned.mount.source)} on {quoted(planned.mount.destination)} needs a"
+            f" {planned.plan.value} volume; there are none yet"
+        )
+
+
 def _plan_file_system(mount: Mount, path: str) -> PlannedMount:
     if mount.destination == SHM and mount.type == "tmpfs":
         return PlannedMount(mount, Plan.SHM)

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from protos.kata import oci_pb2
 from vc.errors import InvalidArgument
-from vc.oci.mounts import Look, Mount, plan_mounts
+from vc.oci.mounts import Look, Mount, plan_mounts, refuse_unmade
 from vc.oci.wire import WILDCARD, fill, members
 
 # Namespaces that the sandbox as a whole stands for: the VM is the network, cgroup and time namespace.
@@ -83,7 +83,8 @@ def check_workload(spec: Mapping[str, Any], look: Look) -> None:
     Raises: InvalidArgument, Unsupported.
     """
     guest_process(members(spec.get("process") or {}, "process"))
-    plan_mounts(spec, look)
+    for planned in plan_mounts(spec, look):
+        refuse_unmade(planned)
 
 
 def guest_resources(resources: Mapping[str, Any]) -> oci_pb2.LinuxResources:

@@ -58,12 +58,17 @@ def problem(home: Path, text: str) -> str:
     return str(caught.value).replace(str(home) + "/", "")
 
 
-def test_katas_own_file_loads_and_warns_only_of_the_tables_of_kata_1(home: Path) -> None:
+def test_katas_own_file_loads_and_warns_only_of_the_tables_of_kata_1_and_of_what_it_promises(
+    home: Path,
+) -> None:
     config = load(write(home, KATA.read_text()), {})
-    assert [warning.split(": ")[1] for warning in config.warnings] == [
-        f"the table [{name}] is of Kata 1.x and has no effect"
-        for name in ("proxy.kata", "shim.kata", "netmon")
-    ]
+    assert {warning.split(": ")[1] for warning in config.warnings} == {
+        *(
+            f"the table [{name}] is of Kata 1.x and has no effect"
+            for name in ("proxy.kata", "shim.kata", "netmon")
+        ),
+        "runtime.static_sandbox_resource_mgmt = false (a boolean) has no effect",
+    }
     assert config.hypervisor.kernel == home / "vmlinuz.container"
     assert config.hypervisor.default_vcpus == 1.0
     assert config.hypervisor.virtio_fs_extra_args == ("--thread-pool-size=1", "--announce-submounts")

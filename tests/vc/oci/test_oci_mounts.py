@@ -26,6 +26,7 @@ from vc.oci.mounts import (
     source_of,
     tmpfs_bytes,
 )
+from vc.oci.translate import check_workload
 
 DATA = Path(__file__).parents[2] / "data" / "oci"
 PODS = "/var/lib/kubelet/pods/uid/volumes"
@@ -87,6 +88,14 @@ def plan(*mounts: dict[str, Any]) -> list[Plan]:
 )
 def test_a_bind_is_planned_by_what_its_source_is(source: str, expected: Plan) -> None:
     assert plan(bind(source)) == [expected]
+
+
+@pytest.mark.parametrize("source", ["/dev/sdb", f"{PODS}/kubernetes.io~empty-dir/memory"])
+def test_a_volume_that_cannot_be_made_is_refused_before_there_is_a_sandbox(source: str) -> None:
+    """It cost a boot before it was refused."""
+    spec = {"process": {"args": ["true"], "cwd": "/"}, "mounts": [bind("/srv/data"), bind(source, "/x")]}
+    with pytest.raises(Unsupported, match=f'"{source}" on "/x" needs a'):
+        check_workload(spec, HOST.get)
 
 
 @pytest.mark.parametrize("kind", ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"])

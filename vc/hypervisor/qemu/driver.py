@@ -40,6 +40,7 @@ from vc.hypervisor.base import (
 )
 from vc.hypervisor.children import Child, prefix, running
 from vc.hypervisor.console import ConsoleTail
+from vc.hypervisor.footprint import check_memory
 from vc.hypervisor.groups import bring_here
 from vc.hypervisor.jail import Jail, Needs
 from vc.hypervisor.jail import jail as make_jail
@@ -220,8 +221,10 @@ async def launch(
     Raises:
         HypervisorError: something that QEMU needs cannot be opened or started.
         Unsupported: the description asks for what this host cannot do.
+        InvalidArgument: the kernel does not fit into the memory.
 
     """
+    check_memory(config.memory_mib, config.kernel, config.initrd)
     config = await _with_accelerator(config)
     async with AsyncExitStack() as stack:
         with ExitStack() as handed_over:  # what only QEMU keeps

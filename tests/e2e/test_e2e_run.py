@@ -26,7 +26,7 @@ def test_a_container_in_a_vm_has_a_kernel_of_its_own(containerd: Containerd) -> 
 
 
 def test_a_container_that_may_use_a_processor_gets_one_beside_the_default_one(
-    containerd: Containerd, vm_runtime: Runtime, vm_any: Start
+    containerd: Containerd, vm_runtime: Runtime
 ) -> None:
     """A guest with two processors now and then never booted: test_accelerator.py tells why."""
     processors = min(2, os.cpu_count() or 1)

@@ -9,8 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -18,8 +17,8 @@ import pytest
 import trio
 
 from protos.containerd import task_v2_pb2
-from tests.e2e.test_e2e_crashes import wait_until
-from tests.harness.containerd import TIMEOUT, Containerd, Result
+from tests.e2e.test_e2e_crashes import shim_of, wait_until
+from tests.harness.containerd import TIMEOUT, Containerd
 from tests.harness.events import Recorder
 from ttrpc.client import Client
 from ttrpc.methods import service
@@ -28,6 +27,8 @@ MIB = 1 << 20
 LARGE = 1024  # MiB
 LONG = 20 * TIMEOUT  # seconds that only a hang exceeds, also of a guest that is emulated on a busy host
 STOPPED = 30.0  # seconds
+CROWD = 200  # processes
+ROOM = 64 << 10  # KiB by which a guest or a shim may have grown after a crowd
 
 # A logging program that knows no signals, as simple as one can be. Its environment has no PATH.
 SIMPLE_LOGGER = """\
@@ -368,13 +369,39 @@ def test_a_gibibyte_of_input_arrives_in_order_while_another_stream_stands_still_
         go_on()
 
 
-def test_sixty_processes_at_once(containerd: Containerd, shared: str) -> None:
-    def run(number: int) -> Result:
-        script = f"head -c {number * 1000} /dev/zero | tr '\\0' x; echo {number} >&2; exit {number}"
-        return containerd.exec(shared, "sh", "-c", script, timeout=2 * TIMEOUT)
+def memory_of(containerd: Containerd, container: str) -> tuple[int, int]:
+    """Return what the guest uses and what the shim has resident, in KiB."""
+    told = containerd.exec(container, "cat", "/proc/meminfo").stdout.decode()
+    guest = {line.split(":")[0]: int(line.split()[1]) for line in told.splitlines()}
+    status = Path(f"/proc/{shim_of(containerd, container).pid}/status").read_text()
+    resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
+    return guest["MemTotal"] - guest["MemAvailable"], resident
 
-    with ThreadPoolExecutor(60) as pool:
-        results = list(pool.map(run, range(60)))
-    for number, result in enumerate(results):
-        ended = (len(result.stdout), result.stdout.strip(b"x"), result.stderr, result.exit_status)
-        assert ended == (number * 1000, b"", b"%d\n" % number, number)
+
+def test_two_hundred_processes_at_once(containerd: Containerd, roomy: tuple[str, Path]) -> None:
+    """All live at the same time: each waits at a gate that opens when the last one has come."""
+    container, _ = roomy
+    assert containerd.exec(container, "mkfifo", "/tmp/gate").exit_status == 0
+    before = memory_of(containerd, container)
+    with ExitStack() as stack:
+
+        def start(script: str, stdin: int = subprocess.DEVNULL) -> "subprocess.Popen[bytes]":
+            arguments = containerd.exec_arguments(container, "sh", "-c", script)
+            return stack.enter_context(ended(containerd.popen(*arguments, stdin=stdin)))
+
+        clients = []
+        for number in range(CROWD):
+            work = f"head -c {number * 1000} /dev/zero; echo {number} >&2; exit {number}"
+            clients.append(start(f"echo come; : </tmp/gate; {work}"))
+        for client in clients:
+            assert read_exactly(client.stdout, 5) == b"come\n"
+        keeper = start("exec 3>/tmp/gate; cat", subprocess.PIPE)
+        for number, client in enumerate(clients):
+            output, errors = client.communicate(timeout=LONG)
+            assert (len(output), output.strip(b"\0"), errors) == (number * 1000, b"", b"%d\n" % number)
+            assert client.returncode == number
+        keeper.communicate(timeout=TIMEOUT)
+    if containerd.runtime.is_vm:
+        after = memory_of(containerd, container)
+        grown = [now - then for then, now in zip(before, after, strict=True)]
+        assert max(grown) < ROOM, grown

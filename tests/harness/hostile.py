@@ -253,7 +253,14 @@ async def _wait_killed(call: Call) -> None:
     await call.answer(agent_pb2.WaitProcessResponse(status=137))
 
 
+async def _power_off(call: Call) -> None:
+    await _answer_well(call)
+    assert call.agent.machine is not None
+    call.agent.machine.control.socket.close()
+
+
 DEFAULTS: dict[str, Answer] = {
+    "DestroySandbox": _power_off,
     "GetOOMEvent": never,
     "SignalProcess": _note_signal,
     "WaitProcess": _wait_killed,

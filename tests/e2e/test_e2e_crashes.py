@@ -38,6 +38,25 @@ def forget_fifos(containerd: Containerd) -> None:
     (containerd.directory / "fifo").mkdir()
 
 
+@pytest.mark.usefixtures("vm_runtime")
+def test_the_end_of_a_process_is_told_although_pages_are_still_read_ahead_for_it(
+    containerd: Containerd,
+) -> None:
+    """A detached `sh -c "exit 9"` started, and its exit never came.
+
+    Its mount namespace had the only mount of its files, whose superblock ended with an inode still busy: a
+    bug in the guest's kernel, in which the process died without becoming a zombie.
+    """
+    volume = containerd.directory / "big"
+    volume.mkdir()
+    for name in "abc":
+        (volume / name).write_bytes(bytes(8 << 20))
+    mount = ["--mount", f"type=bind,src={volume},dst=/volume,options=rbind:ro"]
+    script = "head -c 1 /volume/a; head -c 1 /volume/b; exec head -c 1 /volume/c"
+    result = containerd.run("sh", "-c", script, flags=mount)
+    assert (result.exit_status, result.stdout) == (0, bytes(3)), result
+
+
 def test_containers_outlive_the_daemon(make_containerd: MakeContainerd) -> None:
     with make_containerd() as daemon:
         with daemon.running() as container:

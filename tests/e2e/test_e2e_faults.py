@@ -14,6 +14,7 @@ from tests.e2e.test_e2e_crashes import shim_of, wait_until
 from tests.harness import leaks
 from tests.harness.containerd import TIMEOUT, Containerd
 from tests.harness.events import Recorder
+from tests.harness.faults import Fault
 from tests.harness.processes import Process, kill, processes_of, read_process
 from tests.harness.runtimes import Start
 
@@ -94,14 +95,15 @@ def test_a_virtiofsd_that_is_killed_ends_its_container(
 
 
 def test_a_kernel_panic_ends_the_container_and_its_message_is_logged(
-    containerd: Containerd, events: Recorder, no_leaks: NoLeaks
+    containerd: Containerd, events: Recorder, fault: Fault
 ) -> None:
     offset = containerd.log_size()
     script = PRIVILEGED + "echo c >/proc/sysrq-trigger; sleep 1000"
     with (
-        no_leaks(),
+        fault.cleaned(),
         client_of(containerd, "sh", "-c", script, flags=("--privileged",)) as (container, client),
     ):
+        fault.strikes()
         client.communicate(timeout=TIMEOUT)
         assert client.returncode == 137
     assert_killed(events, container)
@@ -110,7 +112,7 @@ def test_a_kernel_panic_ends_the_container_and_its_message_is_logged(
 
 
 def test_an_agent_that_is_cut_off_is_noticed_and_its_vm_killed(
-    containerd: Containerd, events: Recorder, no_leaks: NoLeaks
+    containerd: Containerd, events: Recorder, fault: Fault
 ) -> None:
     """The guest goes on without the device that its agent is reached by: QEMU has nothing to complain of."""
     offset = containerd.log_size()
@@ -118,10 +120,11 @@ def test_an_agent_that_is_cut_off_is_noticed_and_its_vm_killed(
     cut = PRIVILEGED + f"cd {driver} && for d in virtio*; do echo $d >unbind; done; sleep 1000"
     with (
         configured(containerd, 'run_dir = "', HEALTH),
-        no_leaks(),
+        fault.cleaned(),
         client_of(containerd, *READY, flags=("--privileged",)) as (container, client),
     ):
         # Not by the container's own process, whose first line might be cut off as well.
+        fault.strikes()
         process = containerd.popen(*containerd.exec_arguments(container, "sh", "-c", cut))
         for waiting in (process, client):
             waiting.communicate(timeout=TIMEOUT)
@@ -132,18 +135,19 @@ def test_an_agent_that_is_cut_off_is_noticed_and_its_vm_killed(
 
 
 def test_a_vm_that_hangs_is_killed_by_the_health_check(
-    containerd: Containerd, events: Recorder, no_leaks: NoLeaks
+    containerd: Containerd, events: Recorder, fault: Fault
 ) -> None:
     offset = containerd.log_size()
     with (
         configured(containerd, 'run_dir = "', HEALTH),
-        no_leaks(),
+        fault.cleaned(),
         client_of(containerd, *READY) as (container, client),
     ):
         vmid = vmid_of(containerd, container)
         process = containerd.popen(*containerd.exec_arguments(container, *READY))
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
+        fault.strikes()
         os.kill(containerd.task_pid(container), signal.SIGSTOP)
         for waiting in (process, client):
             waiting.communicate(timeout=TIMEOUT)
@@ -266,3 +270,43 @@ def test_a_run_dir_without_room_is_a_clear_error_and_nothing_is_left(
     finally:
         subprocess.run(["umount", run_dir], check=True)
         run_dir.rmdir()
+
+
+# Root of the guest, by the kernel: the program that takes core dumps runs outside of all containers.
+# It overwrites the agent's stacks and heap, for the agent is process 1, which no signal kills.
+KILLER = """\
+#!/bin/busybox sh
+exec 2>/dev/kmsg >&2
+echo killing the agent
+while read -r range rights rest; do
+    case $range:$rights in 7f*:rw-p)
+        at=$((0x${range%-*} / 4096)) size=$((0x${range#*-} / 4096 - at))
+        dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$at count=$size conv=notrunc ;;
+    esac
+done </proc/1/maps
+"""
+
+
+def test_an_agent_that_dies_takes_its_guest_along_and_its_kernels_last_words_are_logged(
+    containerd: Containerd, events: Recorder, fault: Fault
+) -> None:
+    offset = containerd.log_size()
+    # Where the guest's own processes find the container's files.
+    share = "/run/kata-containers/shared/containers"
+    script = (
+        PRIVILEGED
+        + "cat >/killer; chmod 755 /killer; "
+        + f"echo '|{share}/'$0/rootfs/killer >/proc/sys/kernel/core_pattern; "
+        + "sh -c 'kill -SEGV $$'; sleep 1000"
+    )
+    with fault.cleaned(), client_of(containerd, *READY, flags=("--privileged",)) as (container, client):
+        fault.strikes()
+        arguments = containerd.exec_arguments(container, "sh", "-c", script, container)
+        killing = containerd.popen(*arguments, stdin=subprocess.PIPE)
+        killing.communicate(KILLER.encode(), timeout=TIMEOUT)
+        client.communicate(timeout=TIMEOUT)
+        assert client.returncode == 137
+    history = events.wait_for(container, "delete")
+    assert [event.exit_status for event in history if event.topic == "/tasks/exit"] == [137, 137]
+    log = containerd.log_since(offset)
+    assert re.search(r"sandbox .* is gone: .*last console lines: .*Attempted to kill init", log)

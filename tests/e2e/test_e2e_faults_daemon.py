@@ -1,0 +1,166 @@
+"""containerd goes away while its pods live on: every event and every exit is known afterwards."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import MakeContainerd
+from tests.e2e.test_e2e_crashes import wait_until
+from tests.harness.containerd import TIMEOUT, Containerd
+from tests.harness.events import Event, Recorder
+from tests.harness.faults import Fault
+from tests.harness.prelude import Prelude
+from tests.harness.relay import Relay
+from tests.harness.runtimes import kata
+
+WORK = ("sh", "-c", "trap 'exit 5' TERM; while :; do sleep 1000 & wait $!; done")
+
+
+@pytest.fixture(scope="module")
+def short() -> Iterator[Path]:
+    """A directory with a short name, for sockets."""
+    with tempfile.TemporaryDirectory(prefix="kata-far-") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture(scope="module")
+def events_socket(short: Path) -> Path:
+    return short / "events.sock"
+
+
+@pytest.fixture(scope="module")
+def daemon(make_containerd: MakeContainerd, short: Path, events_socket: Path) -> Iterator[Containerd]:
+    """A containerd whose shims find its socket for events elsewhere."""
+    path = kata(short).environ["PATH"]
+    prelude = Prelude(short / "programs", path)
+    with make_containerd(programs=prelude.directory) as daemon:
+        if not daemon.runtime.is_vm:
+            pytest.skip(f"{daemon.runtime.name} has no VM")
+        prelude.line(f"export TTRPC_ADDRESS={events_socket}")
+        yield daemon
+
+
+def relay_to(daemon: Containerd, path: Path) -> Relay:
+    return Relay(path, Path(f"{daemon.address}.ttrpc"))
+
+
+def words(history: list[Event]) -> list[str]:
+    """Return the events as topics, each with the exec that it is about."""
+    found = []
+    for event in history:
+        process = event.body.get("exec_id") or event.body.get("id") or ""
+        topic = event.topic.removeprefix("/tasks/")
+        found.append(f"{topic} {process}" if process not in ("", event.container) else topic)
+    return found
+
+
+def run_exec(daemon: Containerd, container: str, exec_id: str, status: int) -> None:
+    flags = ["--exec-id", exec_id]
+    result = daemon.exec(container, "sh", "-c", f"exit {status}", flags=flags)
+    assert result.exit_status == status, result
+
+
+def test_events_wait_for_their_socket_and_come_once_and_in_order(
+    daemon: Containerd, events_socket: Path, request: pytest.FixtureRequest
+) -> None:
+    fault = Fault(daemon, request.node.name)
+    with Recorder(daemon) as events, relay_to(daemon, events_socket) as relay, fault.cleaned():
+        with daemon.running(*WORK, flags=["--null-io"]) as container:
+            events.wait_for(container, "start")
+            relay.down()
+            run_exec(daemon, container, "one", 3)
+            daemon.ctr("task", "pause", container)
+            daemon.ctr("task", "resume", container)
+            run_exec(daemon, container, "two", 4)
+            assert words(events.of(container)) == ["create", "start"]
+            fault.strikes()
+            relay.up()
+            run_exec(daemon, container, "three", 0)
+            events.wait_for(container, "delete", process="three")
+            relay.down()
+            daemon.ctr("task", "kill", "--signal", "SIGTERM", container)
+            daemon.wait_status(container, "STOPPED")
+            relay.up()
+            events.wait_for(container, "exit", process=container, timeout=TIMEOUT)
+            assert daemon.delete_task(container) == 5
+        wait_until(lambda: events.topics(container)[-1] == "delete")
+        history = events.of(container)
+    execs = [
+        [f"exec-added {name}", f"exec-started {name}", f"exit {name}", f"delete {name}"]
+        for name in ("one", "two", "three")
+    ]
+    assert words(history) == [
+        "create",
+        "start",
+        *execs[0],
+        "paused",
+        "resumed",
+        *execs[1],
+        *execs[2],
+        "exit",
+        "delete",
+    ]
+    assert [event.exit_status for event in history if event.topic == "/tasks/exit"] == [3, 4, 0, 5]
+
+
+def test_exits_and_events_outlive_a_daemon_that_is_killed(
+    daemon: Containerd, events_socket: Path, request: pytest.FixtureRequest
+) -> None:
+    """Of its execs one ends while the daemon is away, one afterwards, and one that nobody waits for."""
+    fault = Fault(daemon, request.node.name)
+    volume = daemon.directory / "volume"
+    volume.mkdir()
+    mount = f"type=bind,src={volume},dst=/volume,options=rbind:rw"
+
+    def waits_for(name: str, status: int) -> str:
+        loop = f"while [ ! -e /volume/{name} ]; do sleep 0.1; done"
+        return f"echo ready; {loop}; echo >/volume/{name}-done; exit {status}"
+
+    relay = relay_to(daemon, events_socket)
+    with relay, fault.cleaned(lambda line: line.startswith(("descriptor", "child"))):
+        with daemon.running(*WORK, flags=["--null-io", "--mount", mount]) as container:
+            clients = {}
+            for name, status in (("away", 7), ("later", 8)):
+                flags = ["--exec-id", name]
+                arguments = daemon.exec_arguments(container, "sh", "-c", waits_for(name, status), flags=flags)
+                clients[name] = daemon.popen(*arguments)
+                assert clients[name].stdout.readline() == b"ready\n"  # type: ignore[union-attr]
+            arguments = daemon.exec_arguments(
+                container, "sh", "-c", waits_for("alone", 9), flags=["--exec-id", "alone", "--detach"]
+            )
+            daemon.ctr(*arguments)
+            relay.down()  # or events would come before anybody listens for them again
+            fault.strikes()
+            daemon.stop_daemon(kill=True)
+            for client in clients.values():
+                client.communicate(timeout=TIMEOUT)
+                assert client.returncode != 0
+            for name in ("away", "alone"):
+                (volume / name).touch()
+                wait_until((volume / f"{name}-done").exists)
+            daemon.start_daemon()
+            with Recorder(daemon) as events:
+                relay.up()
+                assert daemon.task_status(container) == "RUNNING"
+                events.wait_for(container, "exit", process="away", timeout=TIMEOUT)
+                events.wait_for(container, "exit", process="alone", timeout=TIMEOUT)
+                (volume / "later").touch()
+                events.wait_for(container, "exit", process="later", timeout=TIMEOUT)
+                for name, status in (("away", 7), ("alone", 9), ("later", 8)):
+                    result = daemon.ctr("task", "rm", "--exec-id", name, container, check=False)
+                    assert result.exit_status == status, result
+                run_exec(daemon, container, "new", 6)
+                daemon.ctr("task", "kill", "--signal", "SIGTERM", container)
+                events.wait_for(container, "exit", process=container, timeout=TIMEOUT)
+                assert daemon.delete_task(container) == 5
+                wait_until(lambda: events.topics(container)[-1] == "delete")
+                history = events.of(container)
+        shutil.rmtree(daemon.directory / "fifo")  # the killed clients'
+        (daemon.directory / "fifo").mkdir()
+    exits = {str(event.body["id"]): event.exit_status for event in history if event.topic == "/tasks/exit"}
+    assert exits == {"away": 7, "alone": 9, "later": 8, "new": 6, container: 5}
+    assert words(history).count("exit away") == 1
+    assert [word for word in words(history) if word.startswith("exit")][-1] == "exit"

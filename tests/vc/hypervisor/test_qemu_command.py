@@ -200,3 +200,18 @@ def test_the_transport_is_what_the_host_can_do(requested: str, has_vsock: bool, 
 def test_a_transport_that_cannot_be_is_refused(requested: str) -> None:
     with pytest.raises(Unsupported, match=requested):
         agent_transport(requested, has_vsock=False)
+
+
+def memory_size(**changes: int | str) -> str:
+    line = argv(replace(CONFIG, **changes))  # type: ignore[arg-type]
+    return line[line.index("-m") + 1]
+
+
+def test_there_is_room_for_memory_if_some_can_come() -> None:
+    assert memory_size(memory_slots=10, max_memory_mib=2048) == "512M,slots=10,maxmem=2048M"
+    for none in ({"memory_slots": 10}, {"max_memory_mib": 2048}, {"memory_slots": 10, "max_memory_mib": 512}):
+        assert memory_size(**none) == "512M"
+
+
+def test_a_machine_without_a_place_for_modules_has_no_room() -> None:
+    assert memory_size(memory_slots=10, max_memory_mib=2048, machine_type="virt", arch="aarch64") == "512M"

@@ -35,11 +35,13 @@ COMMON_PARAMS = (
     "panic=-1 oops=panic rcupdate.rcu_expedited=1 cryptomgr.notests net.ifnames=0 memhp_default_state=online"
 )
 
+# swiotlb=noforce: because memory could be plugged above 4 GiB, the kernel would set 64 MiB aside for devices
+# that cannot reach it; virtio devices can.
 # tsc=reliable, no_timer_check, lpj: no calibration loops. i8042, 8250.nr_uarts: no probing of what is not
 # there.
 X86_PARAMS = (
     "reboot=k tsc=reliable no_timer_check noreplace-smp i8042.noaux=1 i8042.nokbd=1 i8042.nopnp=1"
-    " i8042.dumbkbd=1 8250.nr_uarts=1 pci=lastbus=0"
+    " i8042.dumbkbd=1 8250.nr_uarts=1 pci=lastbus=0 swiotlb=noforce"
 )
 
 _Q35 = MachineType(

@@ -23,6 +23,15 @@ from tests.e2e.test_e2e_crashes import (  # noqa: F401
     test_an_exit_while_the_daemon_is_away_is_known_afterwards,
     test_containers_outlive_the_daemon,
 )
+from tests.e2e.test_e2e_ctr import (  # noqa: F401
+    dressed,
+    test_a_container_without_a_task_is_listed_and_deleted,
+    test_a_detached_exec_outlives_its_client_and_is_deleted_by_its_id,
+    test_the_client_is_told_of_a_container_what_it_was_created_with,
+    test_the_flags_of_an_exec,
+    test_the_output_of_a_started_task_is_in_its_log,
+    test_the_pid_file_holds_what_the_lists_say,
+)
 from tests.e2e.test_e2e_exec import (  # noqa: F401
     test_a_missing_program_is_an_error_and_not_a_hang,
     test_a_signal_from_outside_reaches_the_exec_alone,

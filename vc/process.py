@@ -251,6 +251,9 @@ class Process:
                     stderr_bytes=answer.stderr_bytes if answer.HasField("stderr_bytes") else None,
                 )
             )
+        if self.stdin is not None:
+            # The guest waits for more of it, with a thread, until it is told that there is no more.
+            await trio.aclose_forcefully(self.stdin)
 
     def set_exit(self, how: Exit) -> None:
         """Resolve all waits. The first exit stays."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -198,6 +199,16 @@ async def test_any_number_of_waiters_before_and_after_the_end(host: Host, sleepe
         await made.close_stdin()
     await wait()
     assert statuses == [9] * 4
+
+
+async def test_the_guest_waits_for_no_input_of_a_process_that_ended(host: Host, sleeper: Container) -> None:
+    """Each exec whose client had a stdin left a thread of the agent and a stream of the connection."""
+    made = await host.exec(sleeper, "true", stdio=ALL)
+    assert await read_all(made.stdout) + await read_all(made.stderr) == b""
+    assert (await made.wait()).status == 0
+    with trio.fail_after(DEADLINE):
+        while re.search(r":receive < stdio\.py:\d+:relay", await host.client.stacks()):
+            await trio.sleep(0.01)  # nothing tells when a thread of the guest ends
 
 
 async def test_a_terminal_is_one_stream_with_a_size(host: Host) -> None:

@@ -39,7 +39,7 @@ from tests.harness.containerd import Containerd
 from tests.harness.processes import processes_of
 
 ROWS = ("running", "starts", "memory", "many")
-KINDS = (COLD, TEMPLATE)
+KINDS = (COLD, TEMPLATE, CACHE)
 AT_ONCE = (1, 5, 10)
 PARTS = (VMM, VIRTIOFSD, SHIM)
 STREAM_MIB = 200

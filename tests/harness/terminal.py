@@ -11,6 +11,7 @@ import time
 from types import TracebackType
 
 from tests.harness.containerd import Containerd, HarnessError
+from tests.harness.evidence import threads_below
 
 
 class Terminal:
@@ -19,6 +20,7 @@ class Terminal:
     def __init__(self, containerd: Containerd, *args: str, rows: int = 24, columns: int = 80) -> None:
         self._master, slave = os.openpty()
         self.output = b""
+        self._directory = containerd.directory
         self.resize(rows, columns)
         # setsid makes the terminal the controlling one, so that a change of size is a signal to ctr.
         self._client = subprocess.Popen(
@@ -52,7 +54,8 @@ class Terminal:
         deadline = time.monotonic() + timeout
         while (match := re.search(pattern.encode(), self.output)) is None:
             if not self._read(deadline):
-                raise HarnessError(f"no {pattern!r} within {timeout} s in {self.output!r}")
+                where = threads_below(self._directory)  # while the client is still there
+                raise HarnessError(f"no {pattern!r} within {timeout} s in {self.output!r}\n{where}")
         self.output = self.output[match.end() :]
         return match
 

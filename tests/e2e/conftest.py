@@ -152,6 +152,15 @@ def _log_position(request: pytest.FixtureRequest) -> None:
         request.node.stash[log_key] = (daemon, daemon.log_size())
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_forgotten(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Look after each test for what belongs to no live sandbox, with the operator's own tool."""
+    yield
+    if "containerd" in request.fixturenames:
+        left = leaks.forgotten(request.getfixturevalue("containerd"))
+        assert not left, "left behind:\n" + "\n".join(left)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield

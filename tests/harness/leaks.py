@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests.harness.containerd import Containerd, cgroups_of
 from tests.harness.processes import processes_of
+from vc import leaks
 
 SETTLE = 15.0  # seconds in which a finished container's shim must have ended
 INTERVAL = 0.05
@@ -51,6 +52,18 @@ def left_over(
         left = sorted(line for line in snapshot(containerd) - before if not but(line))
         if not left or time.monotonic() > deadline:
             return left
+        time.sleep(INTERVAL)
+
+
+def forgotten(containerd: Containerd) -> list[str]:
+    """Return what `kata-runtime leaks` would name, after giving it time to go away."""
+    if containerd.runtime.run_dir is None:
+        return []
+    deadline = time.monotonic() + SETTLE
+    while True:
+        found = leaks.find(containerd.runtime.run_dir, containerd=containerd.address)
+        if not found or time.monotonic() > deadline:
+            return [str(leak) for leak in found]
         time.sleep(INTERVAL)
 
 

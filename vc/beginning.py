@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from protos.kata import agent_pb2
 from vc import timeline
+from vc.background import background
 from vc.errors import HypervisorError, NotRestored
 from vc.hypervisor.base import Machine, VirtioFS, VMConfig
 from vc.hypervisor.parked import Parked
@@ -120,28 +121,43 @@ class Restore(Beginning):
         self.details = snapshot.details
         self._snapshot = snapshot
         self._kept = kept
+        self._loaded = trio.Event()
+        self._problem: OSError | None = None
 
-    def machine(
+    @asynccontextmanager
+    async def machine(
         self, config: VMConfig, *, vm_dir: Path, vmid: str, netns: str | None, devices: Sequence[VirtioFS]
-    ) -> AbstractAsyncContextManager[Machine]:
-        """See `Beginning.machine`. A machine with a share in it cannot be saved, so it has no devices yet."""
-        return launch(
-            config,
-            vm_dir=vm_dir,
-            vmid=vmid,
-            netns=netns,
-            memory=self._snapshot.memory,
-            restored=True,
-            kept=self._kept,
-        )
+    ) -> AsyncIterator[Machine]:
+        """See `Beginning.machine`. A machine with a share in it cannot be saved, so it has no devices yet.
 
-    async def wake(self, machine: Machine, devices: Sequence[VirtioFS]) -> None:
-        """Bring the saved VM back, and let it run."""
+        The memory is loaded meanwhile: that takes about as long as the VMM takes to start.
+        """
+        async with background() as nursery:
+            nursery.start_soon(self._load)
+            async with launch(
+                config,
+                vm_dir=vm_dir,
+                vmid=vmid,
+                netns=netns,
+                memory=self._snapshot.memory,
+                restored=True,
+                kept=self._kept,
+            ) as machine:
+                yield machine
+
+    async def _load(self) -> None:
         try:
             await trio.to_thread.run_sync(self._snapshot.load_memory)
         except OSError as exc:
-            raise HypervisorError(f"the saved memory cannot be read: {exc}") from exc
+            self._problem = exc
         timeline.mark("memory loaded")
+        self._loaded.set()
+
+    async def wake(self, machine: Machine, devices: Sequence[VirtioFS]) -> None:
+        """Bring the saved VM back, and let it run."""
+        await self._loaded.wait()
+        if self._problem is not None:
+            raise HypervisorError(f"the saved memory cannot be read: {self._problem}") from self._problem
         await machine.load_state(self._snapshot.state)
         timeline.mark("state loaded")
         await _plug_and_resume(machine, devices)

@@ -170,7 +170,9 @@ async def test_a_host_that_hangs_up_does_not_end_the_process(guest: Guest) -> No
 
 async def test_a_terminal_has_a_size_and_one_output(guest: Guest) -> None:
     container = await guest.start("/bin/sleep", "1000")
-    script = "stty -echo; stty size; echo ready; read line; stty size; echo err >&2"
+    # crun tells the terminal its size when the process may run already; whoever asked before gets SIGWINCH.
+    sized = """until [ "$(stty size 2>/dev/null)" = "20 50" ]; do :; done"""
+    script = f"stty -echo; {sized}; stty size; echo ready; read line; stty size; echo err >&2"
     process = await guest.exec(container, "/bin/sh", "-c", script, **TERMINAL, ConsoleSize=SIZE)
     fields = {"container_id": container, "exec_id": process}
     output = b""

@@ -64,7 +64,6 @@ class VM:
     agent: AgentClient
     details: agent_pb2.GuestDetailsResponse
     times: BootTimes
-    booted: bool  # for us, and by us: nobody has used this guest before
 
     def __init__(self, vmid: str, machine: Machine, directory: VMDirectory) -> None:
         self.vmid = vmid
@@ -267,7 +266,6 @@ async def _serve_agent(
         async with background() as nursery:
             await nursery.start(vm.agent.run)
             timeline.mark("agent connected")
-            vm.booted = details is None
             if details is None:
                 await vm.agent.check(timeout=CHECK_TIMEOUT)
                 vm.details = await vm.agent.get_guest_details()

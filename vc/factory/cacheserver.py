@@ -130,8 +130,8 @@ class Pool:
         vmid = secrets.token_hex(8)
         began = trio.current_time()
         async with self._factory.vm(self.config, vmid=vmid, netns="", shared_dir=None) as vm:
-            if vm.booted:
-                await warm_up(vm.agent, vm.details)
+            # Also if it was restored: an emulator has translated nothing of it yet.
+            await warm_up(vm.agent, vm.details)
             waiting = _Waiting(await vm.park())
             self._ready.append(waiting)
         assert self._nursery is not None

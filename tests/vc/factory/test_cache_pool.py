@@ -34,7 +34,7 @@ KEY = "the-key"
 class Guestless:
     """A VM whose VMM is `sleep`: it can be parked, and that is all."""
 
-    booted = False
+    agent = details = None
 
     def __init__(self, vmid: str, child, lock: int) -> None:
         self._vmid, self._child, self._lock = vmid, child, lock
@@ -86,9 +86,15 @@ def endpoint(tmp_path: Path) -> Path:
     return tmp_path / "cache" / "cache.sock"
 
 
+async def no_guest(agent: None, details: None) -> None:
+    """There is nothing to warm up."""
+    assert agent is details is None
+
+
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cacheserver, "REFILL_DELAY", 0.0)
+    monkeypatch.setattr(cacheserver, "warm_up", no_guest)
 
 
 def alive(pid: int) -> bool:

@@ -140,5 +140,5 @@ async def test_what_speaks_no_qmp_is_told_of() -> None:
     with theirs, trio.fail_after(LIMIT):
         async with monitoring(ours, lambda _: None) as monitor:
             theirs.sendall(b"HTTP/1.1 400 Bad Request\r\n")
-            with pytest.raises(HypervisorError, match="QEMU does not speak QMP: no JSON"):
+            with pytest.raises(HypervisorError, match="QMP command stop: QEMU did not open its monitor"):
                 await monitor.execute(qmp.stop())

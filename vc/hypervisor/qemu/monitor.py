@@ -1,33 +1,43 @@
-"""QMP over trio: commands to QEMU with their answers, and its events, on one connected socket.
+"""QMP for trio: the library qemu.qmp, which wants asyncio, in a thread of its own.
 
-`qmp` knows the protocol; this file moves its bytes. There is a library, qemu.qmp, but it wants asyncio, and
-to import both takes as long as QEMU takes to start: a VM that goes on from a saved state is commanded at
-once, and one that has waited for its owner has nothing else to wait for.
+The thread starts when QEMU was started, and imports asyncio and the library while QEMU boots: 40 ms that
+nobody waits for. Commands cross over with `call_soon_threadsafe`, results and events come back with trio's
+token. The thread ends when the connection does, and the connection ends when QEMU does.
 
 The rule: every command ends. It is answered, it runs out of time, or QEMU dies and it fails at once.
 """
 
 from __future__ import annotations
 
-import array
+import contextlib
+import logging
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 import trio
 
-from vc.background import background
 from vc.errors import HypervisorError, Timeout
-from vc.hypervisor.qemu.qmp import Command, Connection, Event, Ready, RemoteProtocolError, Reply
+from vc.hypervisor.qemu.qmp import EVENT_NAMES, Command, Event, parse_event_untrusted
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from qemu.qmp import EventListener, QMPClient
 
 COMMAND_TIMEOUT = 10.0  # seconds; QEMU answers in less than one unless its main loop hangs
-READ_SIZE = 64 << 10  # bytes
+END_GRACE = 2.0  # seconds for the thread to notice that it is to end
 
 
 class _Call:
-    """A command that waits for its answer."""
+    """A command on its way: made in trio, run in asyncio, finished in trio."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: Command, descriptor: int | None) -> None:
+        self.command = command
+        self.descriptor = descriptor
+        self.task: asyncio.Task[None] | None = None  # touched by the thread only
         self.done = trio.Event()
         self.result: object = None
         self.error = ""
@@ -42,14 +52,21 @@ class Monitor:
     """A QMP connection. Made by `monitoring`."""
 
     def __init__(self, connection: socket.socket, on_event: Callable[[Event], None]) -> None:
-        self._socket = trio.socket.from_stdlib_socket(connection)
+        self._connection = connection
         self._on_event = on_event
-        self._protocol = Connection()
-        self._pending: dict[int, _Call] = {}
-        self._sending = trio.Lock()
-        self._settled = trio.Event()  # QEMU takes commands, or it never will
+        self._token = trio.lowlevel.current_trio_token()
+        self._thread = threading.Thread(target=self._run_thread, name="qmp", daemon=True)
+        self._pending: set[_Call] = set()
+        self._settled = trio.Event()  # connected, or it never will be
         self._failure = ""
-        self.ended = trio.Event()  # nothing comes any more
+        self.ended = trio.Event()  # the thread is about to return
+        # Shared with the thread
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._main: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    # In trio
 
     async def execute(
         self, command: Command, *, descriptor: int | None = None, timeout: float = COMMAND_TIMEOUT
@@ -61,84 +78,138 @@ class Monitor:
             Timeout: no answer; QEMU may still do it.
 
         """
+        call = _Call(command, descriptor)
         with trio.move_on_after(timeout) as scope:
             await self._settled.wait()
-            call = await self._give(command, descriptor)
+            if self._failure:
+                raise HypervisorError(f"QMP command {command.name}: {self._failure}")
+            self._pending.add(call)
+            try:
+                self._call_soon(lambda: self._start(call))
+                await call.done.wait()
+            finally:
+                self._pending.discard(call)
+                if not call.done.is_set():
+                    self._call_soon(lambda: call.task and call.task.cancel())
         if scope.cancelled_caught:
             raise Timeout(f"QMP command {command.name}: no answer from QEMU within {timeout:g} s")
         if call.error:
             raise HypervisorError(f"QMP command {command.name}: {call.error}")
         return call.result
 
-    async def _give(self, command: Command, descriptor: int | None) -> _Call:
-        call = _Call()
-        if self._failure:
-            call.finish(None, self._failure)
-            return call
-        number, data = self._protocol.command(command)
-        self._pending[number] = call
-        try:
-            try:
-                await self._send(data, descriptor)
-            except (OSError, trio.ClosedResourceError) as exc:
-                call.finish(None, f"QEMU does not take it: {exc}")
-            await call.done.wait()
-        finally:
-            del self._pending[number]
-        return call
-
-    async def _send(self, data: bytes, descriptor: int | None) -> None:
-        """Send all of a command. One that was cut in the middle would spoil all that come after it."""
-        rights = [] if descriptor is None else [array.array("i", [descriptor])]
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, one) for one in rights]
-        async with self._sending:
-            sent = 0
-            try:
-                while sent < len(data):
-                    sent += await self._socket.sendmsg([data[sent:]], ancillary if not sent else [])
-            finally:
-                if 0 < sent < len(data):
-                    self.fail("a command was given only in part")
-
     def fail(self, cause: str) -> None:
         """Make pending and later commands fail at once. Called again with a better cause, it replaces it."""
         self._failure = cause
         self._settled.set()
-        for call in self._pending.values():
-            call.finish(None, cause)
+        for call in self._pending:
+            call.finish(None, self._failure)
 
-    async def attend(self) -> None:
-        """Read what QEMU says until it ends the connection."""
-        end = "QEMU closed its monitor"
+    def _call_soon(self, function: Callable[[], object]) -> None:
+        loop = self._loop
+        assert loop is not None  # it is set before `_settled`
+        with contextlib.suppress(RuntimeError):  # the loop was closed; `fail` was called or is about to be
+            loop.call_soon_threadsafe(function)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the thread, and wait for that."""
+        with self._lock:
+            self._stopping = True
+            if self._loop is not None and self._main is not None:
+                with contextlib.suppress(RuntimeError):  # it has ended by itself
+                    self._loop.call_soon_threadsafe(self._main.cancel)
+        with trio.move_on_after(END_GRACE, shield=True):
+            await self.ended.wait()
+            self._thread.join(END_GRACE)
+
+    # In the thread
+
+    def _call_trio(self, function: Callable[[], object]) -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(function)
+
+    def _run_thread(self) -> None:
+        end = ""
         try:
-            while data := await self._socket.recv(READ_SIZE):
-                for message in self._protocol.receive_data_untrusted(data):
-                    self._take(message)
-                if owed := self._protocol.data_to_send():
-                    await self._send(owed, None)
-        except RemoteProtocolError as exc:
-            end = f"QEMU does not speak QMP: {exc}"
-        except (OSError, trio.ClosedResourceError) as exc:
-            end = f"the connection to QEMU broke: {exc}"
-        finally:
-            self._socket.close()
-            self.fail(self._failure or end)
-            self.ended.set()
+            import asyncio
 
-    def _take(self, message: Ready | Reply | Event) -> None:
-        if isinstance(message, Ready):
-            self._settled.set()
-        elif isinstance(message, Reply):
-            if (call := self._pending.get(message.number)) is not None:  # else it ran out of time
-                call.finish(message.result, message.error)
+            with contextlib.suppress(asyncio.CancelledError):
+                end = asyncio.run(self._session())
+        except Exception as exc:  # whatever it is, it must be told to the commands that wait
+            logging.getLogger(__name__).exception("the QMP thread failed")
+            end = f"the QMP thread failed: {exc!r}"
+        finally:
+            self._connection.close()
+            self._call_trio(lambda: self.fail(self._failure or end or "the connection to QEMU was closed"))
+            self._call_trio(self.ended.set)
+
+    async def _session(self) -> str:
+        """Connect, and stay connected until QEMU or `stop` ends it; returns why it ended."""
+        import asyncio
+
+        from qemu.qmp import EventListener, QMPClient, QMPError, Runstate
+
+        # Its errors are our exceptions; told a second time by logging's last resort, they would go to stderr.
+        logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+        with self._lock:
+            self._loop = asyncio.get_running_loop()
+            self._main = asyncio.current_task()
+            if self._stopping:
+                return "stopped"
+        self._client: QMPClient = QMPClient("vmm")
+        try:
+            await self._client.connect(self._connection)
+        except QMPError as exc:
+            return f"QEMU did not open its monitor: {exc}"
+        self._call_trio(self._settled.set)
+        listener = EventListener(names=EVENT_NAMES)
+        with self._client.listen(listener):
+            events = asyncio.create_task(self._forward(listener))
+            try:
+                while self._client.runstate is Runstate.RUNNING:
+                    await self._client.runstate_changed()
+            finally:
+                # The last event comes with the end of the connection; one turn of the loop hands it over.
+                await asyncio.sleep(0)
+                events.cancel()
+                with contextlib.suppress(Exception):  # how it ended is of no interest, QEMU's death is
+                    await self._client.disconnect()
+        return "QEMU closed its monitor"
+
+    async def _forward(self, listener: EventListener) -> None:
+        async for message in listener:
+            event = parse_event_untrusted(message)
+            if event is not None:
+                self._call_trio(lambda event=event: self._on_event(event))  # type: ignore[misc]
+
+    def _start(self, call: _Call) -> None:
+        import asyncio
+
+        call.task = asyncio.ensure_future(self._execute(call))
+
+    async def _execute(self, call: _Call) -> None:
+        from qemu.qmp import QMPError
+
+        try:
+            if call.descriptor is not None:
+                self._client.send_fd_scm(call.descriptor)
+            result = await self._client.execute(call.command.name, dict(call.command.arguments))
+        except (QMPError, OSError) as exc:
+            error = str(exc) or type(exc).__name__
+            self._call_trio(lambda: call.finish(None, error))
         else:
-            self._on_event(message)
+            self._call_trio(lambda: call.finish(result, ""))
 
 
 @asynccontextmanager
 async def monitoring(connection: socket.socket, on_event: Callable[[Event], None]) -> AsyncIterator[Monitor]:
     """Speak QMP on a connected socket, which is closed in the end. Does not wait until QEMU answers."""
     monitor = Monitor(connection, on_event)
-    async with background() as nursery:
-        nursery.start_soon(monitor.attend)
+    monitor.start()
+    try:
         yield monitor
+    finally:
+        await monitor.stop()

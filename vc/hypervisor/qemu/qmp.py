@@ -1,26 +1,19 @@
-"""QMP without I/O: the connection, the commands that we give and the events that we understand.
+"""QMP as data: the commands that we give and the events that we understand.
 
-QMP is JSON over a stream, a line for each message. QEMU begins with a greeting {"QMP": {...}} and takes
-nothing but qmp_capabilities until that was answered. A command is {"execute": name, "arguments": {...}, "id":
-...} and is answered by {"return": ...} or {"error": {"class", "desc"}} with the same id; events {"event":
-name, "data": {...}, "timestamp": ...} come at any time.
+QMP is JSON over a stream. A command is {"execute": name, "arguments": {...}} and is answered by {"return":
+...} or {"error": {"class", "desc"}}; events {"event": name, "data": {...}, "timestamp": ...} come at any
+time. Framing, ids and the capabilities negotiation are the library's (qemu.qmp).
 
 The rule of this file: no I/O, no clock. QEMU is the other side, and a guest that broke out of it may write
-here: what is too long or no QMP ends the connection, and an event that is not understood is None.
+here: events are read with care, and what is not understood is None.
 
-Source: QEMU, docs/interop/qmp-spec.txt, and the QMP Reference Manual; each command and event is named there
-as it is here.
+Source: QEMU QMP Reference Manual; each command and event is named there as it is here.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-MAX_LINE = 4 << 20  # bytes; the longest answer that we ask for has some thousands
-NEGOTIATION = 0  # the number of qmp_capabilities; ours begin behind it
-MAX_TEXT = 1000  # characters of an error that are passed on
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +162,9 @@ class Migrated:
 
 Event = Shutdown | DeviceDeleted | GuestAnswer | Stopped | Resumed | Migrated
 
+# The others are not asked for.
+EVENT_NAMES = ("SHUTDOWN", "DEVICE_DELETED", "ACPI_DEVICE_OST", "STOP", "RESUME", "MIGRATION")
+
 
 def parse_event_untrusted(message: Mapping[str, object]) -> Event | None:
     """Read an event; None if it is none of ours, or not what the manual says."""
@@ -222,94 +218,3 @@ _GUEST_REASONS = {
 def describe_shutdown(event: Shutdown) -> str:
     """Say why the machine ended."""
     return _GUEST_REASONS.get(event.reason, f"the machine was shut down ({event.reason})")
-
-
-class RemoteProtocolError(Exception):
-    """What came is no QMP."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """QEMU takes commands from now on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """The answer to a command; `error` is empty if it was done."""
-
-    number: int
-    result: object
-    error: str
-
-
-class Connection:
-    """One connection to QEMU: bytes come in, events come out, and the other way round."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._greeted = False
-        self._owed = b""
-        self._last = NEGOTIATION
-
-    def command(self, command: Command) -> tuple[int, bytes]:
-        """Return the number that the answer will have, and the bytes to send."""
-        self._last += 1
-        return self._last, _encode(command, self._last)
-
-    def data_to_send(self) -> bytes:
-        """Return what the protocol itself has to say."""
-        owed, self._owed = self._owed, b""
-        return owed
-
-    def receive_data_untrusted(self, data: bytes) -> list[Ready | Reply | Event]:
-        """Return what has arrived whole. Raises: RemoteProtocolError."""
-        self._buffer += data
-        *lines, rest = self._buffer.split(b"\n")
-        if len(rest) > MAX_LINE:
-            raise RemoteProtocolError(f"a message of more than {MAX_LINE} bytes")
-        self._buffer = rest
-        found = [self._receive(bytes(line)) for line in lines if line.strip()]
-        return [message for message in found if message is not None]
-
-    def _receive(self, line: bytes) -> Ready | Reply | Event | None:
-        message = _decode(line)
-        if not self._greeted:
-            if "QMP" not in message:
-                raise RemoteProtocolError(f"no greeting: {line[:80]!r}")
-            self._greeted = True
-            self._owed = _encode(Command("qmp_capabilities"), NEGOTIATION)
-            return None
-        if "event" in message:
-            return parse_event_untrusted(message)
-        return _answer(message)
-
-
-def _answer(message: Mapping[str, object]) -> Ready | Reply | None:
-    number, error = message.get("id"), message.get("error")
-    text = ""
-    if error is not None or "return" not in message:
-        description = error.get("desc") if isinstance(error, Mapping) else None
-        text = str(description or "an error without a description")[:MAX_TEXT]
-    if number == NEGOTIATION and text:
-        raise RemoteProtocolError(f"QEMU does not open its monitor: {text}")
-    if number == NEGOTIATION:
-        return Ready()
-    # An error without an id is about bytes that QEMU could not take for a command: none of ours.
-    return Reply(number, message.get("return"), text) if isinstance(number, int) else None
-
-
-def _encode(command: Command, number: int) -> bytes:
-    message: dict[str, object] = {"execute": command.name, "id": number}
-    if command.arguments:
-        message["arguments"] = dict(command.arguments)
-    return json.dumps(message).encode() + b"\n"
-
-
-def _decode(line: bytes) -> Mapping[str, object]:
-    try:
-        message = json.loads(line)
-    except (ValueError, RecursionError) as exc:
-        raise RemoteProtocolError(f"no JSON: {line[:80]!r}") from exc
-    if not isinstance(message, dict):
-        raise RemoteProtocolError(f"no object: {line[:80]!r}")
-    return message

@@ -30,6 +30,8 @@ OUTPUT = (
 )
 SIGNALS = {"SIGHUP": 129, "SIGINT": 130, "SIGKILL": 137, "SIGTERM": 143}
 LARGEST = 300_000  # bytes of output or input: more than all the buffers on the way
+# More than a fifo holds: `ctr` tells nobody of an end of its input that it reads before there is a process.
+SMALLEST_INPUT = 140_000  # bytes
 LATEST = 1.5  # seconds after which a creation is interrupted
 
 
@@ -42,6 +44,7 @@ class Host(Protocol):
     recorder: Recorder | None
     restarts: int
     only: str  # part of the names of the lives to choose from
+    without: tuple[str, ...]  # names of steps that are not to be done
 
     def count(self, what: str) -> None: ...
     def client_abandoned(self) -> None: ...
@@ -95,7 +98,11 @@ def live(life: Life) -> None:
 
 def visit(life: Life) -> None:
     """Do one step in a container that lives on, which others visit, too: nothing that they would notice."""
-    _do(life, choose(life.chance, {step: weight for step, weight in STEPS.items() if step is not _paused}))
+    _do(life, choose(life.chance, {step: n for step, n in _steps(life).items() if step is not _paused}))
+
+
+def _steps(life: Life) -> Mapping[Step, int]:
+    return {step: weight for step, weight in STEPS.items() if step.__name__ not in life.host.without}
 
 
 def _do(life: Life, step: Step, *, gated: bool = True) -> None:
@@ -126,7 +133,7 @@ def _attached(life: Life) -> None:
 
 
 def _with_input(life: Life) -> None:
-    data = life.chance.randbytes(life.chance.randrange(1, LARGEST))
+    data = life.chance.randbytes(life.chance.randrange(SMALLEST_INPUT, LARGEST))
     life.container = life.containerd.new_id("soak")
     with life.host.gate.step():
         result = life.containerd.run("sha256sum", container=life.container, stdin=data)
@@ -155,14 +162,14 @@ def _visited(life: Life) -> None:
     with life.host.gate.step():
         _run_detached(life, "sh", "-c", INIT)
     for _ in range(life.chance.randrange(1, 5)):
-        _do(life, choose(life.chance, STEPS))
+        _do(life, choose(life.chance, _steps(life)))
     if life.chance.random() < 0.08:
         kill = life.chance.random() < 0.5
         life.note(f"restart of containerd, by SIG{'KILL' if kill else 'TERM'}")
         life.host.count("restart of containerd")
         life.host.restart_daemon(kill=kill)
         must(life.containerd.task_status(life.container) == "RUNNING", "after a restart of containerd")
-        _do(life, choose(life.chance, STEPS))
+        _do(life, choose(life.chance, _steps(life)))
     _do(life, choose(life.chance, ENDS))
     _check_events(life, None, restarts)
 
@@ -232,7 +239,7 @@ def _exec_output(life: Life) -> None:
 
 
 def _exec_input(life: Life) -> None:
-    data = life.chance.randbytes(life.chance.randrange(1, LARGEST))
+    data = life.chance.randbytes(life.chance.randrange(SMALLEST_INPUT, LARGEST))
     result = life.containerd.exec(life.container, "sha256sum", stdin=data)
     expected = f"{hashlib.sha256(data).hexdigest()}  -\n".encode()
     must((result.exit_status, result.stdout) == (0, expected), "input", len(data), expected, result)

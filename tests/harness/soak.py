@@ -128,6 +128,7 @@ class Soak:
         *,
         journal: Path | None = None,
         only: str = "",
+        without: tuple[str, ...] = (),
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.containerd = containerd
@@ -138,6 +139,7 @@ class Soak:
         self.counts: dict[str, int] = {}
         self.abandoned = 0  # clients that were killed: each leaves the directory of its fifos
         self.only = only
+        self.without = without
         self.stopping = threading.Event()
         self.recorder: Recorder | None = None
         self.restarts = 0

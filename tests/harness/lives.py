@@ -44,7 +44,6 @@ class Host(Protocol):
     recorder: Recorder | None
     restarts: int
     only: str  # part of the names of the lives to choose from
-    without: tuple[str, ...]  # names of steps that are not to be done
 
     def count(self, what: str) -> None: ...
     def client_abandoned(self) -> None: ...
@@ -98,11 +97,7 @@ def live(life: Life) -> None:
 
 def visit(life: Life) -> None:
     """Do one step in a container that lives on, which others visit, too: nothing that they would notice."""
-    _do(life, choose(life.chance, {step: n for step, n in _steps(life).items() if step is not _paused}))
-
-
-def _steps(life: Life) -> Mapping[Step, int]:
-    return {step: weight for step, weight in STEPS.items() if step.__name__ not in life.host.without}
+    _do(life, choose(life.chance, {step: n for step, n in STEPS.items() if step is not _paused}))
 
 
 def _do(life: Life, step: Step, *, gated: bool = True) -> None:
@@ -162,14 +157,14 @@ def _visited(life: Life) -> None:
     with life.host.gate.step():
         _run_detached(life, "sh", "-c", INIT)
     for _ in range(life.chance.randrange(1, 5)):
-        _do(life, choose(life.chance, _steps(life)))
+        _do(life, choose(life.chance, STEPS))
     if life.chance.random() < 0.08:
         kill = life.chance.random() < 0.5
         life.note(f"restart of containerd, by SIG{'KILL' if kill else 'TERM'}")
         life.host.count("restart of containerd")
         life.host.restart_daemon(kill=kill)
         must(life.containerd.task_status(life.container) == "RUNNING", "after a restart of containerd")
-        _do(life, choose(life.chance, _steps(life)))
+        _do(life, choose(life.chance, STEPS))
     _do(life, choose(life.chance, ENDS))
     _check_events(life, None, restarts)
 
@@ -247,8 +242,9 @@ def _exec_input(life: Life) -> None:
 
 def _exec_terminal(life: Life) -> None:
     rows, columns, status, word = life.chance.randrange(10, 90), 133, life.status(), life.hex()
-    # The size comes by a call of its own, after the start, and without one stty fails.
-    script = f'until stty size 2>/dev/null; do :; done; read word; echo "<$word>"; exit {status}'
+    # The size comes by a call of its own, after the start; without one stty says nothing, and ends well.
+    sized = f'until [ "$(stty size 2>/dev/null)" = "{rows} {columns}" ]; do :; done; stty size'
+    script = f'{sized}; read word; echo "<$word>"; exit {status}'
     arguments = life.exec_arguments("sh", "-c", script, flags=["--tty"])
     with Terminal(life.containerd, *arguments, rows=rows, columns=columns) as terminal:
         terminal.expect(f"{rows} {columns}")

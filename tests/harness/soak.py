@@ -128,7 +128,6 @@ class Soak:
         *,
         journal: Path | None = None,
         only: str = "",
-        without: tuple[str, ...] = (),
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.containerd = containerd
@@ -139,7 +138,6 @@ class Soak:
         self.counts: dict[str, int] = {}
         self.abandoned = 0  # clients that were killed: each leaves the directory of its fifos
         self.only = only
-        self.without = without
         self.stopping = threading.Event()
         self.recorder: Recorder | None = None
         self.restarts = 0

@@ -115,7 +115,11 @@ class HotPlug:
         self._places[device] = _Place(port, remove)
 
     async def _open_share(self, share: VirtioFS, chardev: str) -> None:
-        with connect_nowait(share.socket_path) as connection:
+        try:
+            connection = connect_nowait(share.socket_path)
+        except OSError as exc:
+            raise HypervisorError(f"{str(share.socket_path)!r} cannot be plugged: {exc.strerror}") from exc
+        with connection:
             await self._execute(qmp.getfd(chardev), descriptor=connection.fileno())
         await self._execute(qmp.chardev_add_socket(chardev, chardev))
 

@@ -36,7 +36,7 @@ HEAD = ["/usr/bin/qemu-system-x86_64", "-name", f"sandbox-{VMID},debug-threads=o
 MEMORY = "memory-backend=memory,dump-guest-core=off,mem-merge=off"
 BOARD = f"q35,{MEMORY},usb=off,sata=off,smbus=off,vmport=off"
 MACHINE = [
-    *("-machine", BOARD, "-accel", "tcg", "-cpu", Q35.cpu_tcg),
+    *("-machine", BOARD, "-accel", "tcg,tb-size=256", "-cpu", Q35.cpu_tcg),
     *("-smp", "cpus=1,sockets=2,cores=1,threads=1,maxcpus=2"),
     *("-m", "512M", "-object", "memory-backend-memfd,id=memory,size=512M,share=on"),
 ]
@@ -127,7 +127,7 @@ def test_free_vcpus_are_sockets() -> None:
 
 def test_vcpus_that_must_not_run_in_parallel_share_a_thread() -> None:
     line = argv(replace(CONFIG, vcpus=2, max_vcpus=2, parallel_vcpus=False))
-    assert line[line.index("-accel") + 1] == "tcg,thread=single"
+    assert line[line.index("-accel") + 1] == "tcg,tb-size=256,thread=single"
 
 
 def test_a_comma_in_a_path_does_not_begin_an_option() -> None:

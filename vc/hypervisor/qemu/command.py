@@ -44,6 +44,9 @@ SHARE_EVENT_IDX = False
 # although its devices run in other threads and processes (commit c914d46d0a64); so there is always room for
 # one. The kernel is told the real number.
 TCG_MIN_SOCKETS = 2
+# What TCG keeps of the code that it has translated. Its default, a GiB, is filled by a guest that goes on
+# starting programs, and is then the most of what a VM holds; once it is full, all is translated again.
+TCG_BUFFER_MIB = 256
 HOTPLUG_PORTS = 6  # free places for devices that come later: a share, and a block device or network each
 
 
@@ -96,7 +99,9 @@ def _machine(config: VMConfig, wiring: Wiring, row: MachineType) -> list[str]:
     options = [row.name, f"memory-backend={MEMORY}", *PRIVATE_MEMORY]
     options += [part for part in (row.options, config.machine_accelerators) if part]
     cpu = config.cpu_model or ("host" if config.accelerator == KVM else row.cpu_tcg)
-    accelerator = config.accelerator + ("" if config.parallel_vcpus else ",thread=single")
+    accelerator = config.accelerator
+    if config.accelerator == TCG:
+        accelerator += f",tb-size={TCG_BUFFER_MIB}" + ("" if config.parallel_vcpus else ",thread=single")
     sockets = max(config.max_vcpus, TCG_MIN_SOCKETS if config.accelerator == TCG else 1)
     smp = f"cpus={config.vcpus},sockets={sockets},cores=1,threads=1,maxcpus={sockets}"
     # Shared, so that virtiofsd reads and writes the guest's memory; from a memfd, so that /dev/shm's size

@@ -15,12 +15,14 @@ from tests.harness.terminal import Terminal
 MIB = 1 << 20
 
 
-def test_every_exit_status_arrives(containerd: Containerd, shared: str) -> None:
+def test_exit_statuses_arrive(containerd: Containerd, shared: str) -> None:
+    statuses = [0, 1, 2, 125, 126, 127, 128, 129, 137, 143, *range(7, 256, 31)]
+
     def status_of(number: int) -> int:
         return containerd.exec(shared, "sh", "-c", f"exit {number}").exit_status
 
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(status_of, range(256))) == list(range(256))
+        assert list(pool.map(status_of, statuses)) == statuses
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV, signal.SIGUSR1])

@@ -114,8 +114,6 @@ class Snapshot:
 class Restore(Beginning):
     """Another VM's memory and state are loaded into a machine that was started for that."""
 
-    failure = NotRestored
-
     def __init__(self, snapshot: Snapshot, *, kept: bool = False) -> None:
         """A VM that is `kept` can be parked."""
         self.details = snapshot.details
@@ -155,6 +153,8 @@ class Restore(Beginning):
 
     async def wake(self, machine: Machine, devices: Sequence[VirtioFS]) -> None:
         """Bring the saved VM back, and let it run."""
+        await machine.wait_ready()
+        self.failure = NotRestored  # a VMM that did not even start says nothing against what was saved
         await self._loaded.wait()
         if self._problem is not None:
             raise HypervisorError(f"the saved memory cannot be read: {self._problem}") from self._problem

@@ -130,6 +130,10 @@ class Machine(ABC):
         """Kill the VMM, unless it is dead already. `wait_dead` tells when it is."""
 
     @abstractmethod
+    async def wait_ready(self) -> None:
+        """Block until the VMM takes commands. Raises: HypervisorError."""
+
+    @abstractmethod
     async def pause(self) -> None:
         """Stop all vCPUs. Raises: HypervisorError."""
 

@@ -21,6 +21,7 @@ from vc.factory import Factory, cacheserver
 from vc.factory.cache import CacheFactory
 from vc.factory.direct import DirectFactory
 from vc.factory.handover import cache_key
+from vc.factory.identity import identify
 from vc.factory.maker import make_template
 from vc.factory.template import TemplateFactory
 from vc.factory.templates import Templates
@@ -274,6 +275,20 @@ async def test_a_vm_that_does_not_grow_is_booted_in_its_size(
         assert any(" -m 356M," in command for command in traces.processes().values())
         await vm.agent.check()
     traces.assert_none()
+
+
+async def test_a_vmm_that_cannot_start_says_nothing_against_the_template(
+    templates: Templates, config: VMConfig
+) -> None:
+    """One pod with a bad network namespace threw away the template of all others."""
+    key, _ = identify(config)
+    factory = TemplateFactory(templates, config)
+    with pytest.raises(HypervisorError, match="/no/such/netns"):
+        async with factory.vm(config, vmid="0123456789abcdef", netns="/no/such/netns", shared_dir=None):
+            pass
+    assert templates.failure(key) is None
+    with templates.opened(key) as template:
+        assert template is not None
 
 
 @COPIES

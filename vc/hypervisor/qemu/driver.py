@@ -96,6 +96,10 @@ class QemuMachine(Machine):
         """See `Machine.kill_nowait`."""
         self._child.kill_nowait()
 
+    async def wait_ready(self) -> None:
+        """See `Machine.wait_ready`."""
+        await self._execute(qmp.query_status())
+
     async def pause(self) -> None:
         """See `Machine.pause`."""
         self.paused = True

@@ -3,8 +3,9 @@
 The fixtures form a ladder: `containerd` (one daemon for all tests), `events` (its recorder), `shared` (one
 container that runs all the time, for whatever needs no container of its own: booting is what costs time).
 
-Pods start from a template, which is made once for all tests. With `vm_any` a test runs once for each place
-that a VM can come from: for what starts or ends a VM, and for what a VM tells when it dies.
+Pods start from a template, which is made once for all tests. With `vm_any` a test runs with VMs that boot and
+again with those of the template: for what starts or ends a VM, and for what a VM tells when it dies. If it is
+marked `from_cache`, it runs a third time, with a VM that waited for it; one VM waits, so it starts one pod.
 """
 
 import os
@@ -19,6 +20,7 @@ from typing import Protocol
 import pytest
 
 from tests.harness import leaks, runtimes
+from tests.harness.cache import Cache
 from tests.harness.containerd import Containerd
 from tests.harness.events import Recorder
 from tests.harness.faults import Fault
@@ -26,6 +28,10 @@ from tests.harness.runtimes import Runtime, Start
 
 HERE = Path(__file__).parent
 LOG_LIMIT = 12_000  # bytes of log that a failure shows
+TOLD = {  # where a VM comes from, in the log
+    Start.TEMPLATE: r"VM ([0-9a-f]{16}) goes on from template",
+    Start.CACHE: r"VM ([0-9a-f]{16}) was VM [0-9a-f]{16} of the cache",
+}
 
 log_key = pytest.StashKey[tuple[Containerd, int]]()
 
@@ -85,7 +91,30 @@ def containerd(make_containerd: MakeContainerd) -> Iterator[Containerd]:
         yield daemon
 
 
-@pytest.fixture(params=list(Start), ids=lambda start: start.value)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "vm_any" not in metafunc.fixturenames:
+        return
+    starts = [Start.DIRECT, Start.TEMPLATE]
+    collected_again = metafunc.function.__module__ != metafunc.module.__name__
+    if metafunc.definition.get_closest_marker("from_cache") and not collected_again:
+        starts.append(Start.CACHE)
+    metafunc.parametrize("vm_any", starts, indirect=True, ids=[start.value for start in starts])
+
+
+@pytest.fixture(scope="module")
+def vm_cache(containerd: Containerd) -> Iterator[Cache]:
+    """A server that keeps one VM ready, until the end of the module: then the host is for others alone."""
+    cache = Cache(containerd)
+    containerd.runtime.start_from(Start.CACHE)
+    try:
+        with cache.server(1):
+            containerd.runtime.start_from(Start.TEMPLATE)
+            yield cache
+    finally:
+        containerd.runtime.start_from(Start.TEMPLATE)
+
+
+@pytest.fixture
 def vm_any(request: pytest.FixtureRequest, containerd: Containerd) -> Iterator[Start]:
     """Start the pods of a test in one of all ways, and see that they did."""
     start: Start = request.param
@@ -94,6 +123,8 @@ def vm_any(request: pytest.FixtureRequest, containerd: Containerd) -> Iterator[S
             pytest.skip(f"{containerd.runtime.name} has no VM")
         yield start
         return
+    if start is Start.CACHE:
+        request.getfixturevalue("vm_cache").wait_ready()
     offset = containerd.log_size()
     containerd.runtime.start_from(start)
     try:
@@ -101,9 +132,10 @@ def vm_any(request: pytest.FixtureRequest, containerd: Containerd) -> Iterator[S
     finally:
         containerd.runtime.start_from(Start.TEMPLATE)
     log = containerd.log_since(offset, limit=containerd.log_size())
-    warm = set(re.findall(r"VM ([0-9a-f]{16}) goes on from template", log))
     every = set(re.findall(r"VM ([0-9a-f]{16}) serves", log))
-    assert warm == (set() if start is Start.DIRECT else every)
+    assert every or start is not Start.CACHE, "no pod was started"
+    for way, told in TOLD.items():
+        assert set(re.findall(told, log)) == (every if way is start else set())
 
 
 @pytest.fixture

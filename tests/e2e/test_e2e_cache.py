@@ -4,17 +4,16 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import MakeContainerd
 from tests.harness import leaks
-from tests.harness.containerd import TIMEOUT, Containerd
+from tests.harness.cache import Cache, wait_until
+from tests.harness.containerd import TIMEOUT
 from tests.harness.processes import kill, processes_of, read_process
 from tests.harness.runtimes import set_factory
 
@@ -24,77 +23,17 @@ od -An -tx1 -N16 /dev/urandom
 date +%s
 """
 CLOCK_TOLERANCE = 5  # seconds
-READY = re.compile(r"VM (\w+) is ready after")
 TAKEN = re.compile(r"VM \w+ was VM (\w+) of the cache")
 NUMBER = 2
 
 
-class Cache:
-    """A server that keeps VMs for the runtime of a containerd."""
-
-    def __init__(self, containerd: Containerd) -> None:
-        self.containerd = containerd
-        self.config = Path(containerd.runtime.environ["KATA_CONF_FILE"])
-        self.endpoint = containerd.directory / "cache.sock"
-        self.log = containerd.directory / "cache.log"
-        set_factory(
-            self.config,
-            enable_template=True,
-            template_path=f"{containerd.directory}/template",
-            vm_cache_number=NUMBER,
-            vm_cache_endpoint=str(self.endpoint),
-        )
-
-    def factory(self, action: str) -> subprocess.CompletedProcess[str]:
-        argv = ["kata-runtime", "--config", str(self.config), "factory", action]
-        return subprocess.run(
-            argv, capture_output=True, text=True, timeout=TIMEOUT, env=self.containerd.environ, check=False
-        )
-
-    @contextmanager
-    def server(self) -> Iterator[subprocess.Popen[str]]:
-        """Run one as long as the block lasts; begins when all VMs are ready."""
-        argv = ["kata-runtime", "--config", str(self.config), "factory", "init"]
-        with (
-            self.log.open("w") as log,
-            subprocess.Popen(
-                argv, stdout=subprocess.PIPE, stderr=log, text=True, env=self.containerd.environ
-            ) as process,
-        ):
-            assert process.stdout is not None
-            try:
-                assert process.stdout.readline() == "vm factory initialized\n", self.log.read_text()
-                self.wait_made(NUMBER)
-                yield process
-            finally:
-                process.terminate()
-                process.wait(TIMEOUT)
-
-    def made(self) -> list[str]:
-        return READY.findall(self.log.read_text())
-
-    def wait_made(self, count: int) -> None:
-        """Block until the server has made so many VMs since it began."""
-        wait_until(lambda: len(self.made()) >= count, self.log.read_text)
-
-    def waiting(self) -> list[int]:
-        """Return the VMMs that the server has."""
-        return [int(pid) for pid in re.findall(r"^VM pid = (\d+) ", self.factory("status").stdout, re.M)]
-
-    @contextmanager
-    def running(self) -> Iterator[tuple[str, str]]:
-        """Run a container in a VM of the cache; gives its name, and the VM's name while it waited."""
-        offset = self.containerd.log_size()
-        with self.containerd.running() as container:
-            [vmid] = TAKEN.findall(self.containerd.log_since(offset))
-            yield container, vmid
-
-
-def wait_until(condition: Callable[[], object], explain: Callable[[], object] = str) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, explain()
-        time.sleep(0.05)  # nothing tells
+@contextmanager
+def running(cache: Cache) -> Iterator[tuple[str, str]]:
+    """Run a container in a VM of the cache; gives its name, and the VM's name while it waited."""
+    offset = cache.containerd.log_size()
+    with cache.containerd.running() as container:
+        [vmid] = TAKEN.findall(cache.containerd.log_since(offset))
+        yield container, vmid
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +41,22 @@ def cache(make_containerd: MakeContainerd) -> Iterator[Cache]:
     with make_containerd() as containerd:
         if not containerd.runtime.is_vm:
             pytest.skip(f"{containerd.runtime.name} has no VM")
-        yield Cache(containerd)
+        cache = Cache(containerd)
+        set_factory(
+            cache.config,
+            enable_template=True,
+            template_path=f"{containerd.directory}/template",
+            vm_cache_number=NUMBER,
+            vm_cache_endpoint=str(cache.endpoint),
+        )
+        yield cache
 
 
 def test_pods_of_the_cache_are_like_others_and_each_vm_is_given_once(cache: Cache) -> None:
     containerd = cache.containerd
     before = leaks.snapshot(containerd)
     seen: list[str] = []
-    with cache.server() as server:
+    with cache.server(NUMBER) as server:
         status = cache.factory("status").stdout
         assert status.startswith(f"VM cache server pid = {server.pid}\nVM pid = ")
         assert len(re.findall(r"^VM pid = \d+ Cpu = 1 Memory = \d+MiB$", status, re.M)) == NUMBER
@@ -118,7 +65,7 @@ def test_pods_of_the_cache_are_like_others_and_each_vm_is_given_once(cache: Cach
         assert containerd.runtime.run_dir is not None
         found = containerd.program("kata-runtime", "leaks", "--run-dir", str(containerd.runtime.run_dir))
         assert found.exit_status == 0, "they have an owner"
-        with cache.running() as (one, first), cache.running() as (two, second):
+        with running(cache) as (one, first), running(cache) as (two, second):
             assert {first, second} == set(cache.made()[:NUMBER])
             for container in (one, two):
                 script = f"echo $0 >/file; cat; cat /file; {IDENTITIES}"
@@ -137,15 +84,15 @@ def test_pods_of_the_cache_are_like_others_and_each_vm_is_given_once(cache: Cach
 def test_a_shim_or_vmm_that_is_killed_takes_its_pod_along_and_leaves_nothing(cache: Cache) -> None:
     containerd = cache.containerd
     before = leaks.snapshot(containerd)
-    with cache.server():
+    with cache.server(NUMBER):
         offset = containerd.log_size()
-        with cache.running() as (container, _):
+        with running(cache) as (container, _):
             vmm = containerd.task_pid(container)
             os.kill(vmm, signal.SIGKILL)
             assert containerd.wait_status(container, "STOPPED") == "STOPPED"
             assert containerd.delete_task(container) == 137
         assert f"QEMU (pid {vmm}) was killed by SIGKILL" in containerd.log_since(offset)
-        with cache.running() as (container, _):
+        with running(cache) as (container, _):
             vmm = containerd.task_pid(container)
             mine = processes_of(containerd.directory)
             [shim] = [process for process in mine if container in process.argv and "shim" in process.argv]
@@ -160,9 +107,9 @@ def test_a_shim_or_vmm_that_is_killed_takes_its_pod_along_and_leaves_nothing(cac
 def test_a_server_that_is_killed_takes_only_the_vms_along_that_nobody_has(cache: Cache) -> None:
     containerd = cache.containerd
     before = leaks.snapshot(containerd)
-    with cache.server() as server:
+    with cache.server(NUMBER) as server:
         cache.wait_made(NUMBER)
-        with cache.running() as (container, _):
+        with running(cache) as (container, _):
             unsold = set(cache.waiting())
             server.kill()
             server.wait(TIMEOUT)
@@ -183,7 +130,7 @@ def test_a_server_that_is_killed_takes_only_the_vms_along_that_nobody_has(cache:
 
 def test_the_cache_ends_when_the_factory_is_destroyed_and_none_is_left(cache: Cache) -> None:
     before = leaks.snapshot(cache.containerd)
-    with cache.server() as server:
+    with cache.server(NUMBER) as server:
         vmms = cache.waiting()
         assert len(vmms) == NUMBER
         assert cache.factory("destroy").stdout == "vm factory destroyed\n"

@@ -88,6 +88,7 @@ def test_an_exit_while_the_daemon_is_away_is_known_afterwards(make_containerd: M
             assert daemon.delete_task(container) == 17
 
 
+@pytest.mark.from_cache
 def test_a_shim_that_is_killed_takes_everything_with_it(
     containerd: Containerd, vm_any: Start, events: Recorder, no_leaks: NoLeaks
 ) -> None:
@@ -111,6 +112,7 @@ def test_a_shim_that_is_killed_takes_everything_with_it(
             shim_socket(containerd, container).unlink()  # runc's shim leaves it to the next start
 
 
+@pytest.mark.from_cache
 def test_a_vm_that_is_killed_ends_its_container(
     containerd: Containerd, vm_runtime: Runtime, vm_any: Start, events: Recorder, no_leaks: NoLeaks
 ) -> None:

@@ -197,6 +197,7 @@ def test_the_runtime_options_name_the_configuration(
         assert str(missing).encode() in refused.stderr, refused
 
 
+@pytest.mark.from_cache
 def test_forced_deletion_ends_what_runs_and_leaves_nothing(
     containerd: Containerd, vm_any: Start, events: Recorder, no_leaks: NoLeaks
 ) -> None:

@@ -36,6 +36,7 @@ def test_a_container_that_may_use_a_processor_gets_one_beside_the_default_one(
     assert result.exit_status == 0
 
 
+@pytest.mark.from_cache
 def test_both_outputs_and_the_exit_status_arrive(containerd: Containerd, vm_any: Start) -> None:
     result = containerd.run("sh", "-c", "echo out; echo err >&2; exit 42")
     assert (result.stdout, result.stderr, result.exit_status) == (b"out\n", b"err\n", 42)
@@ -50,6 +51,7 @@ def test_a_program_that_does_not_exist_is_an_error_and_leaves_nothing(
     assert re.search(rb"no such file|not found", result.stderr), result
 
 
+@pytest.mark.from_cache
 def test_stdin_reaches_the_container_and_its_end_too(containerd: Containerd, vm_any: Start) -> None:
     data = os.urandom(3 * MIB)
     result = containerd.run("cat", stdin=data)

@@ -87,6 +87,7 @@ class Containerd:
         self.runtime = runtime(self.directory)
         self.log_path = self.directory / "containerd.log"
         self.ids: list[str] = []  # of all containers that were ever asked for
+        self.kept_vms: Callable[[], set[str]] = set  # those that no pod has: a cache's
         self._level = level
         self._programs = programs
         self._daemon: subprocess.Popen[bytes] | None = None

@@ -33,11 +33,13 @@ def shim_socket(containerd: Containerd, container: str) -> Path:
 
 def snapshot(containerd: Containerd) -> frozenset[str]:
     """List everything on the host that belongs to `containerd`'s containers."""
-    return frozenset(
+    lines = [
         line
         for source in (_processes, _mounts, _sockets, _directories, _cgroups, _descriptors)
         for line in source(containerd)
-    )
+    ]
+    kept = containerd.kept_vms()  # asked last, so that it knows each VM that was seen
+    return frozenset(line for line in lines if not any(vmid in line for vmid in kept))
 
 
 def left_over(

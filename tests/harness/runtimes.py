@@ -24,6 +24,7 @@ class Start(Enum):
 
     DIRECT = "direct"
     TEMPLATE = "template"
+    CACHE = "cache"  # which needs a server: see `tests.harness.cache`
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +42,21 @@ class Runtime:
         """The configuration, if it is ours."""
         return Path(self.environ["KATA_CONF_FILE"])
 
+    @property
+    def cache_endpoint(self) -> Path:
+        """Where its cache serves, in a directory of its own."""
+        return self.config.parent / "cache" / "cache.sock"
+
     def start_from(self, start: Start) -> None:
         """Let the VMs of sandboxes that are created from now on come from there."""
         if start is Start.DIRECT:
             set_factory(self.config, enable_template=False)
-        else:
-            assert self.template_path is not None
-            set_factory(self.config, enable_template=True, template_path=str(self.template_path))
+            return
+        assert self.template_path is not None
+        keys: dict[str, str | int] = {"enable_template": True, "template_path": str(self.template_path)}
+        if start is Start.CACHE:
+            keys |= {"vm_cache_number": 1, "vm_cache_endpoint": str(self.cache_endpoint)}
+        set_factory(self.config, **keys)
 
     def factory(self, action: str) -> str:
         """Run `kata-runtime factory ACTION` and return what it prints. Raises: subprocess.SubprocessError."""

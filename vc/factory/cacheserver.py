@@ -129,6 +129,7 @@ class Pool:
     async def _make(self) -> None:
         vmid = secrets.token_hex(8)
         began = trio.current_time()
+        log.info("VM %s is being made ready", vmid)
         async with self._factory.vm(self.config, vmid=vmid, netns="", shared_dir=None) as vm:
             # Also if it was restored: an emulator has translated nothing of it yet.
             await warm_up(vm.agent, vm.details)

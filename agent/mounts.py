@@ -201,6 +201,22 @@ def drop_submount(path: str) -> None:
         unmount(path)
 
 
+def is_removed(path: str) -> bool:
+    """Let the kernel ask the host for an entry of the share again; say whether the host has removed it.
+
+    Then the kernel forgets what it knows of it and below, for each of which virtiofsd keeps a descriptor, and
+    with it the file system that was mounted there. stat(2) believes what it heard within the time that the
+    host allows, a second or a day; link(2) has to know. A directory cannot be linked, so nothing is made.
+    """
+    try:
+        os.link("/", path)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # EXDEV or EPERM, after it has asked
+    return True
+
+
 def root_is_initramfs() -> bool:
     """Whether / is the initial file system, from which no container's root can be pivoted: pivot_root(2)."""
     return all(entry.fstype == "rootfs" for entry in mounted() if entry.target == "/")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ROOT = "/run/kata-containers"
 BUNDLES = "bundles"  # a directory of their own, so that a container may be called "sandbox"
+MAX_STALE = 1024  # entries of the share; beyond, the oldest wait for the kernel to want memory
 MAX_HOSTNAME = 64  # linux/utsname.h, __NEW_UTS_LEN
 RESOLV_CONF = "/etc/resolv.conf"
 
@@ -41,6 +42,7 @@ class Sandbox:
         self._lock = threading.Lock()
         self._containers: dict[str, Container] = {}
         self._shared_pid_namespace = ""
+        self._stale: deque[str] = deque(maxlen=MAX_STALE)  # what removed containers had in the share
         self._ooms: deque[str] = deque()
         self._oom_changed = threading.Condition()
         self._oom_waits = 0  # calls so far
@@ -123,10 +125,17 @@ class Sandbox:
         remove_tree(f"{self.root}/sandbox")
 
     def forget_stale_mounts(self) -> None:
-        """Look at everything mounted in the share: the kernel drops what the host has removed when it is
-        asked.
+        """Look at what is mounted in the share, and at what removed containers had there: the kernel drops
+        what the host has removed when it is asked.
         """
-        share = f"{self.root}/{files.SHARE}"
+        share = f"{self.root}/{files.SHARE}/"
+        with self._lock:
+            stale = list(self._stale)
+        gone = [path for path in stale if mounts.is_removed(path)]
+        with self._lock:  # the host is about to remove the others, and calls again
+            for path in gone:
+                if path in self._stale:  # or another call was faster
+                    self._stale.remove(path)
         for entry in mounts.mounted():
             if entry.target.startswith(share):
                 try:
@@ -249,6 +258,11 @@ class Sandbox:
             self._shared_pid_namespace = ""
         for path in container.submounts:
             mounts.drop_submount(path)
+        share = f"{self.root}/{files.SHARE}/"
+        # What lies directly in the share: the host removes it with all below.
+        entries = {share + path.removeprefix(share).partition("/")[0] for path in container.submounts}
+        with self._lock:
+            self._stale.extend(entries)
         container.submounts.clear()
         for mount_point in reversed(container.storages):
             self.storages.release(mount_point)

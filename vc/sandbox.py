@@ -66,6 +66,7 @@ log = logging.getLogger(__name__)
 SHARE_TAG = "kataShared"  # Kata's virtiofs tag
 GUEST_SHM = "/run/kata-containers/sandbox/shm"  # Kata's place for the pod's /dev/shm
 END_TIMEOUT = 2.0  # seconds for the guest's own end; a hung one is killed all the same
+STALE_TIMEOUT = 2.0  # seconds for the guest to look at its mounts; nobody needs the result
 HOSTNAME_MAX = 64  # bytes: linux/utsname.h, __NEW_UTS_LEN
 
 
@@ -171,6 +172,7 @@ class Sandbox:
         self._claimed.add(container_id)
         async with AsyncExitStack() as undo:
             undo.callback(self._claimed.discard, container_id)
+            undo.push_async_callback(self._drop_stale_mounts, container_id)
             planned = await trio.to_thread.run_sync(plan_mounts, spec, look)
             files = container_rootfs(
                 self._share,
@@ -217,6 +219,21 @@ class Sandbox:
             OCI=translated.spec,
             sandbox_pidns=translated.sandbox_pidns,
         )
+
+    async def _drop_stale_mounts(self, container_id: str) -> None:
+        """Let the guest forget what the host no longer shares, unless the VM ends anyway.
+
+        The guest remembers entries of removed mounts. For each of them virtiofsd keeps a descriptor, so that
+        a container that is made again and again would take it to its limit, and the file system that was
+        mounted there stays in use on the host.
+        """
+        if not self.containers.keys() - {container_id}:
+            return
+        with trio.move_on_after(STALE_TIMEOUT, shield=True):
+            try:
+                await self._vm.agent.remove_stale_mounts()
+            except VCError as exc:  # an older agent has no such call; a guest that is gone forgets everything
+                log.debug("the guest keeps what was shared for container %s: %s", container_id, exc)
 
     def _forget(self, container_id: str) -> None:
         self.containers.pop(container_id, None)

@@ -59,6 +59,14 @@ def test_mountinfo_with_blanks_and_optional_fields() -> None:
     ]
 
 
+def test_asking_whether_an_entry_is_removed_makes_nothing(tmp_path: Path) -> None:
+    directory, file, removed = tmp_path / "directory", tmp_path / "file", tmp_path / "removed"
+    directory.mkdir()
+    file.touch()
+    assert [mounts.is_removed(str(path)) for path in (directory, file, removed)] == [False, False, True]
+    assert {*tmp_path.iterdir()} == {directory, file}
+
+
 def test_a_kernel_event() -> None:
     message = (
         b"add@/devices/pci0000:00/0000:00:05.0/virtio3/block/vdb\0ACTION=add\0SUBSYSTEM=block\0DEVNAME=vdb\0"

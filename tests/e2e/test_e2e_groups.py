@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import NoLeaks
-from tests.e2e.test_e2e_crashes import forget_fifos, shim_of
+from tests.e2e.test_e2e_crashes import forget_fifos, shim_of, wait_until
 from tests.harness.containerd import Containerd
 from tests.harness.events import Recorder
 from tests.harness.leaks import shim_socket
-from tests.harness.processes import kill
+from tests.harness.processes import Process, kill, read_process
+from vc.hypervisor.children import descendants
 
 # containerd: cmd/containerd-shim-runc-v2/manager
 GROUP_KEY = "io.containerd.runc.v2.group"
@@ -25,11 +26,11 @@ class Group:
         self.name = containerd.new_id("group")  # the shim's socket has this name
         self.members: list[str] = []
 
-    def add(self) -> str:
+    def add(self, *more_flags: str) -> str:
         member = self.containerd.new_id("member")
         self.members.append(member)
         script = "trap 'exit 143' TERM; while :; do sleep 1000 & wait $!; done"
-        flags = ["--detach", "--annotation", f"{GROUP_KEY}={self.name}"]
+        flags = ["--detach", "--annotation", f"{GROUP_KEY}={self.name}", *more_flags]
         self.containerd.ctr(*self.containerd.run_arguments("sh", "-c", script, container=member, flags=flags))
         return member
 
@@ -98,3 +99,42 @@ def test_the_shim_of_a_group_that_is_killed_takes_all_its_containers_with_it(
         assert [event.exit_status for event in told[-2:]] == [137, 137]
         assert containerd.task_status(member) is None
     forget_fifos(containerd)
+
+
+def held_of_removed(shim: Process) -> int:
+    """Count what a shim's virtiofsd keeps open though it has no place in the share any more.
+
+    What was removed says so; the root of a file system that is mounted nowhere any more is a "/".
+    """
+    found = 0
+    for pid in descendants(shim.pid):
+        process = read_process(pid)
+        if process is None or not process.argv.split()[0].endswith("virtiofsd"):
+            continue
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                target = str(descriptor.readlink())
+            except FileNotFoundError:  # closed meanwhile
+                continue
+            found += target == "/" or target.endswith(" (deleted)")
+    return found
+
+
+@pytest.mark.usefixtures("vm_runtime")
+def test_members_that_come_and_go_leave_nothing_open_in_virtiofsd(
+    containerd: Containerd, group: Group, tmp_path: Path
+) -> None:
+    """A container in a crash loop took virtiofsd to its limit of descriptors (kata-containers 6455).
+
+    The guest remembers entries of the share that the host has removed, and virtiofsd keeps each of them open,
+    and with it the file system that was mounted there: two for a container, and one for each volume.
+    """
+    shim = shim_of(containerd, group.add())
+    before = held_of_removed(shim)
+    assert before  # at least virtiofsd's own root
+    for _ in range(3):
+        member = group.add("--mount", f"type=bind,src={tmp_path},dst=/volume,options=rbind:rw")
+        assert held_of_removed(shim) == before
+        containerd.remove(member)
+        # The guest tells what it has forgotten when it has time, and nothing says when it has.
+        wait_until(lambda: held_of_removed(shim) == before)

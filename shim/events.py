@@ -3,6 +3,10 @@
 That alone gives the order that clients rely on (create, start, exit, delete; an exec's exit before init's).
 When containerd is away the sender stays at the head and tries again: overtaking would lose the order, and
 giving up the event. An event that containerd refuses is dropped, since it would be refused for ever.
+
+Each is sent once, with one exception: if the connection ends, or the time, between an event and its answer,
+nobody here knows whether it was heard. Then it comes again, unchanged to its last byte and in its place:
+a repeated exit harms nobody, a lost one is waited for in vain. The reference shim does so, too.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ class Containerd:
         self.got: list[str] = []
         self.envelopes: list[Any] = []
         self.refuse: Code | None = None
+        self.hang_up = False  # instead of the next answer
         self.came = trio.Event()
         self._nursery = nursery
         self._scope = trio.CancelScope()
@@ -39,6 +40,9 @@ class Containerd:
         event = events_pb2.TaskStart.FromString(request.envelope.event.value)
         self.got.append(event.container_id)
         self.came.set()
+        if self.hang_up:
+            self._scope.cancel()
+            await trio.sleep_forever()
         return Empty()
 
     async def up(self) -> None:
@@ -118,6 +122,20 @@ async def test_a_restart_of_containerd_loses_and_repeats_nothing(
     await containerd.up()
     publish(publisher, "5")
     assert await containerd.wait_for(5) == ["1", "2", "3", "4", "5"]
+
+
+async def test_an_event_whose_answer_is_lost_comes_again_in_its_place_and_unchanged(
+    containerd: Containerd, publisher: Publisher
+) -> None:
+    await containerd.up()
+    containerd.hang_up = True
+    publish(publisher, "1", "2")
+    assert await containerd.wait_for(1) == ["1"]
+    await containerd.down()
+    containerd.hang_up = False
+    await containerd.up()
+    assert await containerd.wait_for(3) == ["1", "1", "2"]
+    assert containerd.envelopes[0] == containerd.envelopes[1]
 
 
 async def test_an_event_that_is_refused_for_good_does_not_hold_up_the_next(

@@ -68,7 +68,7 @@ class Crun:
         return self._make([*argv, container_id], directory, pid_file, streams)
 
     def start(self, container_id: str) -> None:
-        """Let the init process run its program.
+        """Let the init process run its program; as with any OCI runtime, it may not do so yet on return.
 
         It waits until a byte comes through the fifo that `crun create` has left, and to write that is all
         that `crun start` does for a container without hooks (libcrun, status.c, write_exec_fifo). Loading

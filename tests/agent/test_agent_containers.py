@@ -201,14 +201,15 @@ async def test_the_host_hears_of_a_process_killed_for_want_of_memory(guest: Gues
 
 
 async def test_containers_share_a_pid_namespace_if_asked(guest: Guest) -> None:
+    """Each says itself that it runs: the answer to a start only means that the init process may go on."""
     names = ("first", "second")
     for name in names:
-        await guest.call(
-            "CreateContainer", container_id=name, OCI=guest.spec("/bin/sleep", "1000"), sandbox_pidns=True
-        )
+        spec = guest.spec("/bin/sh", "-c", "echo here; read line")
+        await guest.call("CreateContainer", container_id=name, OCI=spec, sandbox_pidns=True)
         await guest.call("StartContainer", container_id=name)
+        assert (await guest.call("ReadStdout", container_id=name, len=100)).data == b"here\n"
     process = await guest.exec("first", "/bin/sh", "-c", "cat /proc/[0-9]*/cmdline")
-    assert (await guest.read_all("first", process)).count(b"sleep\x001000") == 2
+    assert (await guest.read_all("first", process)).count(b"echo here; read line") == 2
     for name in reversed(names):
         await guest.remove(name)
 

@@ -1,6 +1,7 @@
 """What a program sees of the host from inside of a VMM's jail, told by itself."""
 
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -15,7 +16,7 @@ from vc.hypervisor.children import prefix, running
 from vc.hypervisor.jail import FIRST_UID, TOP_LEVEL, UIDS, Needs, jail, obstacle, uid_of
 
 ROOT = Path(__file__).parents[3]
-VMID = "0123456789abcdef"
+VMID = secrets.token_hex(8)  # a user of this run alone: one sees all of one's own processes
 SHELL = Needs(program=Path("/usr/bin/sh").resolve(), devices=(Path("/dev/null"), Path("/dev/urandom")))
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

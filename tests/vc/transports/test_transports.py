@@ -38,9 +38,16 @@ class Guest:
         self.arrived = trio.Event()
 
     async def greet(self, stream: trio.abc.HalfCloseableStream) -> None:
+        with contextlib.suppress(trio.BrokenResourceError):  # a caller that has waited long enough is gone
+            await self._answer(stream)
+
+    async def _answer(self, stream: trio.abc.HalfCloseableStream) -> None:
         line = b""
         while not line.endswith(b"\n"):
-            line += await stream.receive_some(1)
+            byte = await stream.receive_some(1)
+            if not byte:
+                return
+            line += byte
         port = int(line.removeprefix(b"CONNECT "))
         self.streams.setdefault(port, []).append(stream)
         if port == 9999:

@@ -91,15 +91,17 @@ async def test_garbage_before_the_handshake_is_thrown_away(host: Host) -> None:
 
 # With a session that breaks the protocol, once the first stream is there
 
+# Two things that are wrong at once; which one is seen first is a matter of how busy the host is.
+ENDED = "closed instead of an answer|the serial line .* ended"
 BREACHES = {
     "a version that there is none of": (b"\7" + bytes(11), "frame of version 7"),
     "an unknown type of frame": (encode_header(9, 0, FIRST, 0), "unknown type 9"),
     "more than the window": (encode_header(DATA, 0, FIRST, 64 * MIB), "whose credit is"),
-    "data after the end": (  # the end itself counts first
+    "data after the end": (
         encode_header(WINDOW_UPDATE, FIN, FIRST, 0) + encode_header(DATA, 0, FIRST, 5) + b"hello",
-        "closed instead of an answer",
+        ENDED,
     ),
-    "two ends": (encode_header(WINDOW_UPDATE, FIN, FIRST, 0) * 2, "closed instead of an answer"),
+    "two ends": (encode_header(WINDOW_UPDATE, FIN, FIRST, 0) * 2, ENDED),
     "a stream with an id of ours": (encode_header(WINDOW_UPDATE, SYN, 7, 0), "not the peer's to choose"),
     "stream number 0": (encode_header(WINDOW_UPDATE, SYN, 0, 0), "not the peer's to choose"),
     "an end by protocol error": (encode_header(GO_AWAY, 0, 0, 1), "GoAway 1"),
@@ -118,7 +120,8 @@ async def test_a_breach_of_the_protocol_of_streams_is_the_end_of_the_vm(host: Ho
         await agent.line.send_eof()
 
     text = await fails(host, Agent(on_connect=break_it))
-    assert "did not boot" in text and cause in text
+    assert "did not boot" in text
+    assert re.search(cause, text)
 
 
 FLOODS = {

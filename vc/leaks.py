@@ -104,7 +104,10 @@ def find(
     owners = look(run_dir, containerd=containerd, shim_sockets=shim_sockets)
     dead_vms = owners.dead_vms | {path.name for waste in _waste(templates) for path in waste.glob("run/vm/*")}
     owners = replace(owners, dead_vms=dead_vms, templates=templates, cache_socket=cache_socket)
-    return [leak for finder in FINDERS for leak in finder(owners)]
+    found = [leak for finder in FINDERS for leak in finder(owners)]
+    # A VM that changed its owner, or began, while we looked: its process was judged by what was true before.
+    now = look(run_dir, containerd=containerd, shim_sockets=shim_sockets)
+    return [leak for leak in found if leak.kind is not Kind.PROCESS or leak.vmid not in now.live_vms]
 
 
 def look(run_dir: Path, *, containerd: str, shim_sockets: Path) -> Owners:

@@ -311,6 +311,22 @@ def test_an_owner_that_comes_between_finding_and_removing_keeps_its_things(host:
     assert (directory / store.RECORD).exists()
 
 
+def test_an_owner_that_comes_while_we_look_keeps_its_process(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory that is renamed when a VM changes its owner is for a moment nobody's."""
+    directory = host.vm()
+    process = host.process(*vmm_words())
+
+    def come(owners: leaks.Owners) -> Iterator[Leak]:
+        host.lock(directory)
+        yield from ()
+
+    assert (Kind.PROCESS, str(process.pid)) in host.found()
+    monkeypatch.setattr(leaks, "FINDERS", (come, *leaks.FINDERS))
+    assert (Kind.PROCESS, str(process.pid)) not in host.found()
+
+
 def test_a_listener_that_comes_between_keeps_its_socket(host: Host) -> None:
     _, name = plant_socket_without_a_directory(host)
     found = host.find()

@@ -36,7 +36,7 @@ def describe(directory: Path) -> list[tuple[str, int, int, int]]:
 def test_what_a_container_plants_in_its_files_leads_the_host_nowhere(
     containerd: Containerd, no_leaks: NoLeaks
 ) -> None:
-    place, volume = containerd.directory / "place", containerd.directory / "volume"
+    place, volume = containerd.directory / "place", containerd.directory / "planted"
     (place / "deep").mkdir(parents=True)
     (place / "secret").write_text("the host's\n")
     volume.mkdir()

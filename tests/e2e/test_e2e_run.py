@@ -6,6 +6,7 @@ import platform
 import re
 import resource
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -122,8 +123,8 @@ def test_a_terminal_carries_input_output_and_size(containerd: Containerd) -> Non
         assert terminal.wait() == 137
 
 
-def test_a_bind_mount_is_seen_from_both_sides(containerd: Containerd) -> None:
-    directory = containerd.directory / "volume"
+def test_a_bind_mount_is_seen_from_both_sides(containerd: Containerd, tmp_path: Path) -> None:
+    directory = tmp_path / "volume"
     directory.mkdir()
     (directory / "from-host").write_text("of the host")
     mounts = ["--mount", f"type=bind,src={directory},dst=/volume,options=rbind:rw"]

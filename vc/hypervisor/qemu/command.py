@@ -38,7 +38,7 @@ PRIVATE_MEMORY = ("dump-guest-core=off", "mem-merge=off")
 NO_DISPLAY = ("-display", "none")
 # Whether the guest may leave out kicks that virtiofsd does not want. The one in C says which it wants without
 # a barrier before it looks at the queue again (libvhost-user.c, vu_queue_pop), so one that is needed can be
-# left out, and a process that waits for a page of its program then waits for ever and cannot be killed.
+# left out, and a process that waits for a page of its program would wait for ever. Read there, never seen.
 SHARE_EVENT_IDX = False
 # In a machine that can never have a second vCPU, TCG before QEMU 8.1 leaves out the guest's memory barriers,
 # although its devices run in other threads and processes (commit c914d46d0a64); so there is always room for

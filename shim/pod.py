@@ -1,8 +1,7 @@
-"""A pod: the sandbox that this process serves and the tasks in it, from the first Create to the last Delete.
+"""A pod: the tasks of the sandbox that this process serves, from the first Create to the last Delete.
 
-The sandbox lives in a task of its own, which holds `open_sandbox` until it is told to end; so it outlives
-the request that made it. What must not stop half-way (start, delete) runs in the pod's nursery, where the
-caller's hanging up cannot cancel it. Create is the exception: nobody would delete what a lost client created.
+What must not stop half-way (start, delete) runs in the pod's nursery, where the caller's hanging up cannot
+cancel it. Create is the exception: nobody would delete what a lost client created.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,18 +17,15 @@ import trio
 
 from shim import bundle, stdio_uri
 from shim.exits import SIGKILL, Exits
+from shim.sandbox import OpenSandbox, PodSandbox
 from shim.stdio import ProcessIO
-from shim.tasks import KILLED_STATUS, LOST_STATUS, ProcessRecord, State, Stdio, Task, Tasks
+from shim.tasks import KILLED_STATUS, LOST_STATUS, CreateRequest, ProcessRecord, State, Stdio, Task, Tasks
 from vc import timeline
 from vc.config import Config
 from vc.errors import AlreadyExists, GuestGone, InvalidArgument, NotFound, VCError, WrongState
 from vc.oci import spec as oci
-from vc.oci.mounts import shm_bytes, source_of
 from vc.oci.translate import check_workload
-from vc.resources import Size, container_size, pod_size
-from vc.sandbox import Sandbox, SandboxSpec
 from vc.storage.look import look
-from vc.storage.mounts import Mount
 from vc.storage.share import check_root
 
 if TYPE_CHECKING:
@@ -41,31 +35,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-OpenSandbox = Callable[[SandboxSpec, Config], AbstractAsyncContextManager[Sandbox]]
 
 SANDBOX_END_WAIT = (
     5.0  # seconds that a Delete waits for the VM's end; Delete has 10 in all, and it goes on behind
 )
-MAX_RESOLV_CONF = 64 << 10  # characters
 EXITS_WAIT = 1.0  # seconds for the exits of a sandbox that was ended by a signal
-OOM_INTERVAL = 0.1  # seconds between two events that the guest may tell
 # Seconds that a container may live on after SIGKILL. A guest takes a moment; one that takes longer hides the
 # end or cannot bring it about, and clients, who wait for it without limit, would wait for ever.
 KILL_LIMIT = 30.0
 OUTPUT_END_WAIT = 1.0  # seconds for what a killed background process has still written
 # signal(7): 0 only probes; the others are ignored, or stop or continue, by default.
 HARMLESS_SIGNALS = frozenset({0, 17, 18, 19, 20, 21, 22, 23, 28})
-
-
-@dataclass(frozen=True, slots=True)
-class CreateRequest:
-    """A Create, read and checked as far as it can be without the bundle."""
-
-    id: str
-    bundle: str
-    stdio: Stdio
-    rootfs: tuple[Mount, ...]
-    config_path: str | None
 
 
 class Pod:
@@ -84,16 +64,15 @@ class Pod:
         self._nursery = nursery
         self._announcer = announcer
         self._namespace = namespace
-        self._open_sandbox = open_sandbox
-        self._load_config = load_config
         self._exits = Exits(nursery, announcer, self.tasks)
-        self._sandbox: Sandbox | None = None
-        self._sandbox_id = ""
-        self._run_dir = ""  # the sandbox's
-        self._end_sandbox = trio.Event()
-        self._sandbox_ended = trio.Event()
-        self._sandbox_ended.set()
-        self._opening = trio.Lock()  # whoever needs a sandbox waits for one that is being opened
+        self.sandbox = PodSandbox(
+            nursery,
+            self._exits,
+            self.tasks,
+            namespace=namespace,
+            open_sandbox=open_sandbox,
+            load_config=load_config,
+        )
 
     # Create
 
@@ -130,13 +109,12 @@ class Pod:
         finally:
             self.tasks.release(request.id)
             if not self.tasks.in_use:
-                await self.end_sandbox(SANDBOX_END_WAIT)
+                await self.sandbox.end(SANDBOX_END_WAIT)
 
     async def _create_container(
         self, request: CreateRequest, spec: Mapping[str, Any], identity: oci.Identity, plan: stdio_uri.Plan
     ) -> Container:
-        async with self._opening:
-            sandbox = await self._sandbox_for(request, spec, identity)
+        sandbox = await self.sandbox.for_container(request, spec, identity)
         # containerd's mounts go onto rootfs; without any, the root is there already, wherever it is.
         root = "rootfs" if request.rootfs else oci.root(spec)[0]
         container = await sandbox.create_container(
@@ -149,41 +127,9 @@ class Pod:
         bundle.write_file(request.bundle, bundle.INIT_PID, str(sandbox.pid))
         return container
 
-    async def _sandbox_for(
-        self, request: CreateRequest, spec: Mapping[str, Any], identity: oci.Identity
-    ) -> Sandbox:
-        """Return the sandbox that the container belongs to; a new one for a pod, and for a group's first."""
-        here = identity.sandbox_id == self._sandbox_id
-        running = self._sandbox if here and not self._end_sandbox.is_set() else None
-        if identity.role is oci.Role.CONTAINER:
-            if running is None:
-                raise NotFound(
-                    f"sandbox {identity.sandbox_id!r} of container {request.id!r} does not run here"
-                )
-            return running
-        if identity.role is oci.Role.MEMBER and here:
-            if running is not None:
-                # Any member's `delete` may be the one that cleans up.
-                bundle.write_file(request.bundle, bundle.RUN_DIR, self._run_dir)
-                return running
-            await self._sandbox_ended.wait()  # that of members who have left
-        if not self._sandbox_ended.is_set():
-            raise AlreadyExists(
-                f"this shim runs sandbox {self._sandbox_id!r}, so {request.id!r} cannot be another"
-            )
-        config = self._load_config(request.config_path)
-        timeline.mark("configuration read")
-        wanted = sandbox_spec(f"{self._namespace}--{identity.sandbox_id}", spec, config)
-        # Before there is anything that a `delete` after our death would have to find.
-        self._run_dir = str(config.runtime.run_dir)
-        bundle.write_file(request.bundle, bundle.RUN_DIR, self._run_dir)
-        self._sandbox_id = identity.sandbox_id
-        self._end_sandbox, self._sandbox_ended = trio.Event(), trio.Event()
-        sandbox: Sandbox = await self._nursery.start(self._run_sandbox, wanted, config)
-        return sandbox
-
     def _add(self, request: CreateRequest, container: Container, io: ProcessIO, *, owns: bool) -> Task:
-        pid = self._sandbox.pid if self._sandbox is not None else 0
+        running = self.sandbox.running
+        pid = running.pid if running is not None else 0
         init = ProcessRecord(request.id, "", request.stdio, pid, io, container.init)
         task = Task(request.id, request.bundle, container, init, owns)
         self.tasks.add(task)
@@ -197,70 +143,11 @@ class Pod:
             await io.close()
             await io.end_logger()
 
-    # The sandbox
-
-    async def _run_sandbox(
-        self, spec: SandboxSpec, config: Config, *, task_status: trio.TaskStatus[Sandbox]
-    ) -> None:
-        """Hold the sandbox until it is to end. Not being able to open it fails the Create."""
-        opened = False
-        try:
-            async with self._open_sandbox(spec, config) as sandbox, trio.open_nursery() as watchers:
-                self._sandbox, opened = sandbox, True
-                self._exits.sandbox_opened()
-                watchers.start_soon(self._watch_vm, sandbox)
-                watchers.start_soon(self._watch_memory, sandbox)
-                task_status.started(sandbox)
-                await self._end_sandbox.wait()
-                self._sandbox = None  # from here on nothing new is created in it
-                watchers.cancel_scope.cancel()
-        except Exception:
-            if not opened:
-                raise
-            log.exception("sandbox %s did not end well", spec.id)
-        finally:
-            self._sandbox = None
-            self._exits.sandbox_over(f"sandbox {spec.id} was ended")
-            self._sandbox_ended.set()
-
-    async def _watch_vm(self, sandbox: Sandbox) -> None:
-        gone = await sandbox.wait_gone()
-        log.error("sandbox %s: %s", sandbox.id, gone)
-        if sandbox.host_out_of_memory:
-            self._exits.host_memory_ran_out()
-        self._exits.sandbox_over(str(gone))
-
-    async def _watch_memory(self, sandbox: Sandbox) -> None:
-        while True:
-            try:
-                container_id = await sandbox.wait_oom()
-            except VCError as exc:
-                log.debug("sandbox %s: out-of-memory events end: %s", sandbox.id, exc)
-                return
-            for task in self.tasks:  # none if it was deleted meanwhile
-                if task.id == container_id:
-                    await self._exits.memory_ran_out(task)
-            await trio.sleep(OOM_INTERVAL)  # or a guest that tells of nothing else would keep us busy
-
-    async def guest_stacks(self) -> str:
-        """Return where the guest's agent is, or why that is unknown."""
-        if self._sandbox is None:
-            return "there is no sandbox"
-        console = "".join(f"\nconsole: {line}" for line in self._sandbox.console())
-        try:
-            return await self._sandbox.guest_stacks() + console
-        except VCError as exc:
-            return f"the guest does not say where it is: {exc}{console}"
-
-    async def end_sandbox(self, limit: float) -> None:
-        """End the VM and all that belongs to it; wait at most `limit` seconds, also when cancelled."""
-        self._end_sandbox.set()
-        with trio.move_on_after(limit, shield=True):
-            await self._sandbox_ended.wait()
+    # The end of all
 
     async def end(self, limit: float) -> None:
         """End everything, as at a signal: the processes are killed and their exits announced."""
-        await self.end_sandbox(limit)
+        await self.sandbox.end(limit)
         records = [record for task in self.tasks for record in (*task.execs.values(), task.init)]
         with trio.CancelScope(shield=True):  # bounded by the two waits, and by what `close` waits for
             await self._wait_exited(records)
@@ -368,7 +255,7 @@ class Pod:
         await self._close_io(task.init)
         # Of a group's last two, which leave together, each saw the other until now.
         if last or not self.tasks.in_use_beside(task.id):
-            await self.end_sandbox(SANDBOX_END_WAIT)
+            await self.sandbox.end(SANDBOX_END_WAIT)
             timeline.mark("sandbox ended")
             log.info("timeline of %s %s", task.id, timeline.current())
         # Last: once a second Delete finds no task, containerd hangs up, also on the first.
@@ -412,7 +299,7 @@ class Pod:
 
     async def _expect_end(self, task: Task) -> None:
         """See that a container that was killed ends, if need be by the end of its VM."""
-        sandbox = self._sandbox
+        sandbox = self.sandbox.running
         with trio.move_on_after(KILL_LIMIT):
             await task.init.process.wait()
         frozen = task.init.state in (State.PAUSED, State.PAUSING)  # then it ends when it is resumed
@@ -489,35 +376,3 @@ class Pod:
         if errors:
             raise errors[0]
         return results[0]
-
-
-def sandbox_spec(sandbox_id: str, spec: Mapping[str, Any], config: Config) -> SandboxSpec:
-    """Return what the sandbox of a container with this spec is to be."""
-    return SandboxSpec(
-        id=sandbox_id,
-        hostname=str(spec.get("hostname", "")),
-        netns=oci.namespace(spec, "network"),
-        dns=_lines_of(source_of(spec, "/etc/resolv.conf")),
-        shm_bytes=shm_bytes(spec, look),
-        workload=_workload(spec),
-        config_path=str(config.source),
-        annotations=oci.read_annotations(spec),
-    )
-
-
-def _workload(spec: Mapping[str, Any]) -> Size:
-    """Return what the pod is known to need: the kubelet's word for it, else this container's limits."""
-    told = pod_size(oci.read_annotations(spec))
-    return told if told != Size() else container_size((spec.get("linux") or {}).get("resources") or {})
-
-
-def _lines_of(path: str | None) -> tuple[str, ...]:
-    """Return the lines of the pod's resolv.conf; a file that cannot be read has none."""
-    if path is None:
-        return ()
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return tuple(file.read(MAX_RESOLV_CONF).splitlines())
-    except OSError as exc:
-        log.warning("the pod gets no name servers: %s", exc)
-        return ()

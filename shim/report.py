@@ -27,7 +27,7 @@ async def write(pod: Pod) -> None:
         log.warning(
             "%s is %s, and for the guest %s", record.name, record.state.name, record.process.state.value
         )
-    for line in (await pod.guest_stacks()).splitlines()[:MAX_LINES]:
+    for line in (await pod.sandbox.guest_stacks()).splitlines()[:MAX_LINES]:
         log.warning("guest: %s", line)
 
 

@@ -27,7 +27,8 @@ from shim.announce import Announcer
 from shim.args import Args
 from shim.events import Publisher
 from shim.metrics import host_is_unified
-from shim.pod import OpenSandbox, Pod
+from shim.pod import Pod
+from shim.sandbox import OpenSandbox
 from shim.service import TaskService
 from ttrpc.server import PeerCredentials, Server, peer_credentials
 from vc import timeline

@@ -19,8 +19,8 @@ from protos.containerd import task_v2_pb2 as api
 from protos.containerd.runc_options_pb2 import ProcessDetails
 from shim import metrics, options
 from shim.announce import timestamp
-from shim.pod import CreateRequest, Pod
-from shim.tasks import Exited, ProcessRecord, State, Stdio, Task
+from shim.pod import Pod
+from shim.tasks import CreateRequest, Exited, ProcessRecord, State, Stdio, Task
 from ttrpc.server import Context
 from vc.errors import InvalidArgument, NotFound, Unsupported, VCError
 from vc.oci.spec import check_id

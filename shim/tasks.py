@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from shim.stdio import ProcessIO
     from vc.container import Container
     from vc.process import Process
+    from vc.storage.mounts import Mount
 
 KILLED_STATUS = 137  # 128 + SIGKILL
 LOST_STATUS = 255  # containerd's word for an exit that nobody saw
@@ -63,6 +64,17 @@ class Stdio:
     stdout: str = ""
     stderr: str = ""
     terminal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CreateRequest:
+    """A Create, read and checked as far as it can be without the bundle."""
+
+    id: str
+    bundle: str
+    stdio: Stdio
+    rootfs: tuple[Mount, ...]
+    config_path: str | None
 
 
 @dataclass(frozen=True, slots=True)

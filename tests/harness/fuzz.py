@@ -29,7 +29,7 @@ from protos.kata import agent_pb2, oci_pb2
 from protos.ttrpc.ttrpc_pb2 import Request
 from shim import bootstrap, metrics
 from shim.bundle import BundleError, annotations_of, group_of, parse_config
-from shim.pod import sandbox_spec
+from shim.sandbox import sandbox_spec
 from shim.stdio_uri import plan
 from shim.tasks import Stdio
 from ttrpc import methods

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from protos.kata import agent_pb2
-from shim.pod import OOM_INTERVAL
+from shim.sandbox import OOM_INTERVAL
 from tests.harness.hostile import RATE, Agent, Call, Host
 from tests.harness.shim_process import ShimProcess
 

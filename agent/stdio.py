@@ -165,10 +165,12 @@ class Output(_Descriptor):
     def _relay(self, stream: ByteStream) -> None:
         listening = True
         while True:
+            # Looked at before taking: `settle` takes what a terminal still holds, and then the descriptor
+            # has nothing to wake us by. Later on only the descriptor counts: a child may go on writing.
+            ended = self._end.ended_at is not None
             data = self._take(RELAY_SIZE)
             if data is None:
-                # Its end alone is no reason to stop: a child may go on writing.
-                if not self._wait(select.POLLIN, until_ended=False):
+                if not self._wait(select.POLLIN, until_ended=not ended):
                     return
             elif not data:
                 break

@@ -15,7 +15,8 @@ from yamux.errors import RemoteProtocolError
 from yamux.frames import DATA, GO_AWAY, PING, RST, SYN, WINDOW_UPDATE, encode_header
 from yamux.resync import Responder
 from yamux.serial import open_over_serial
-from yamux.session import MAX_LINGERING, Session, Stream
+from yamux.session import Session
+from yamux.trio_stream import MAX_LINGERING, Stream
 from yamux.turns import CHUNK
 
 
@@ -140,8 +141,8 @@ async def test_much_data_both_ways_over_a_socket_with_many_streams() -> None:
                 stream = await client.open_stream()
                 users.start_soon(exchange, stream, stream.stream_id + 1)
         await trio.testing.wait_all_tasks_blocked()
-        assert not client._streams
-        assert not server._streams
+        assert not client._shared.streams
+        assert not server._shared.streams
         await client.aclose()
 
 
@@ -334,7 +335,7 @@ async def test_a_reset_drops_what_was_received_and_a_stream_not_accepted_yet() -
         with pytest.raises(trio.BrokenResourceError):
             await stream.send_all(b"x")
         assert not session._incoming
-        assert not session._streams
+        assert not session._shared.streams
         await stream.aclose()
 
 
@@ -391,7 +392,7 @@ async def test_a_peer_that_never_ends_its_streams_does_not_grow_our_memory() -> 
                 stream = await session.accept_stream()
                 peer.connection.receive_data(encode_header(WINDOW_UPDATE, 2, stream.stream_id, 0))
                 await stream.aclose()
-            assert len(session._streams) == MAX_LINGERING
+            assert len(session._shared.streams) == MAX_LINGERING
             nursery.cancel_scope.cancel()
 
 

@@ -17,7 +17,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # Whose branches guide the fuzzer. The targets themselves decide what is called.
-INSTRUMENTED = ["agent", "shim", "ttrpc", "vc", "yamux", "tests.harness.fuzz"]
+INSTRUMENTED = [
+    "agent",
+    "shim",
+    "ttrpc",
+    "vc",
+    "yamux",
+    "tests.harness.fuzz_lines",
+    "tests.harness.fuzz_words",
+]
 MAX_INPUT = 4096  # bytes
 RSS_LIMIT = 1024  # MiB: more is a finding of its own
 UNIT_LIMIT = 10  # seconds for one input: more is one, too

@@ -12,114 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from shim.address import socket_path
+from tests.vc import planted
+from tests.vc.planted import SANDBOX, VMID, Host, vmm_words
 from vc import leaks
 from vc.cleanup import cleanup_sandbox, remove_vm, start_ticks
 from vc.config import FactoryConfig
-from vc.factory.handover import handover_path
 from vc.factory.templates import Templates
 from vc.leaks import Kind, Leak
 from vc.persist import store
 from vc.persist.schema import SandboxRecord
-from vc.persist.store import Layout, SandboxLock
-from vc.storage.mounts import bind, mounted_below, unmount_below
+from vc.storage.mounts import bind, mounted_below
 from vc.unixsock import listen
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
 ROOT = Path(__file__).parents[2]
-SANDBOX = "default--c1"
-VMID = "00112233445566aa"
-CONTAINERD = "/run/test/containerd.sock"
-
-
-class Host:
-    """A run directory, and whatever a test puts into it and beside it."""
-
-    def __init__(self, directory: Path, stack: ExitStack) -> None:
-        self.run_dir = directory / "vc"
-        self.layout = Layout(self.run_dir)
-        self.shim_sockets = directory / "s"
-        self.shim_sockets.mkdir()
-        self.templates = directory / "template"
-        self.cache_socket = directory / "cache.sock"
-        self.stack = stack
-        stack.callback(unmount_below, self.run_dir)
-
-    def find(self) -> list[Leak]:
-        return leaks.find(
-            self.run_dir,
-            containerd=CONTAINERD,
-            shim_sockets=self.shim_sockets,
-            templates=self.templates,
-            cache_socket=self.cache_socket,
-        )
-
-    def found(self) -> set[tuple[Kind, str]]:
-        return {(leak.kind, leak.name) for leak in self.find()}
-
-    def sandbox(self, sandbox_id: str = SANDBOX, vmid: str = VMID) -> Path:
-        """Leave a sandbox's directory and record, as a killed shim does."""
-        lock = store.claim(self.layout, sandbox_id)
-        store.save(self.layout, SandboxRecord(sandbox_id, vmid, 1, 2, "/x.toml", 3.0))
-        lock.release()
-        return self.aged(self.layout.sandbox(sandbox_id))
-
-    def vm(self, vmid: str = VMID) -> Path:
-        directory = self.layout.vm(vmid)
-        directory.mkdir(mode=0o700, parents=True)
-        self.socket(directory / "qmp.sock")
-        return self.aged(directory)
-
-    def aged(self, directory: Path) -> Path:
-        os.utime(directory, (0, 0))
-        return directory
-
-    def process(self, *words: str) -> subprocess.Popen[bytes]:
-        """Run something with `words` in its command line. It waits for its standard input's end."""
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(["sh", "-c", "echo; read line", "vmm", *words], stdin=pipe, stdout=pipe)
-
-        def end() -> None:
-            process.kill()
-            process.communicate()
-
-        self.stack.callback(end)
-        assert process.stdout is not None
-        process.stdout.readline()  # Popen returns before the kernel shows the new command line
-        return process
-
-    def mount(self, directory: Path) -> Path:
-        target = directory / "mounted"
-        target.mkdir()
-        bind(self.shim_sockets, target)
-        self.aged(directory)
-        return target
-
-    def socket(self, path: Path) -> Path:
-        """Leave a socket on which nobody listens any more."""
-        listen(path).close()
-        return path
-
-    def half_a_template(self) -> Path:
-        """Leave what a maker of a template leaves when it is killed."""
-        directory = self.templates / "tmp-0123"
-        (directory / "run" / "vm" / VMID).mkdir(mode=0o700, parents=True)
-        self.templates.chmod(0o700)
-        (directory / "memory").write_bytes(b"memory")
-        self.aged(self.templates)
-        return self.aged(directory)
-
-    def shim_socket(self, name: str) -> Path:
-        """Return where the shim of a sandbox would listen, by its own reckoning."""
-        return self.shim_sockets / Path(socket_path(CONTAINERD, "default", name)).name
-
-    def lock(self, directory: Path) -> SandboxLock:
-        lock = SandboxLock(directory)
-        assert lock.acquire_nowait()
-        self.stack.callback(lock.release)
-        self.aged(directory)
-        return lock
 
 
 @pytest.fixture
@@ -128,100 +35,24 @@ def host(tmp_path: Path) -> Iterator[Host]:
         yield Host(tmp_path, stack)
 
 
-def vmm_words(vmid: str = VMID) -> tuple[str, str]:
-    return "-name", f"sandbox-{vmid},debug-threads=on"
-
-
-def plant_process_of_a_record(host: Host) -> tuple[Kind, str]:
-    host.sandbox()
-    return Kind.PROCESS, str(host.process(*vmm_words()).pid)
-
-
-def plant_process_of_a_vm_directory(host: Host) -> tuple[Kind, str]:
-    host.vm()
-    return Kind.PROCESS, str(host.process(*vmm_words()).pid)
-
-
-def plant_process_whose_directory_is_gone(host: Host) -> tuple[Kind, str]:
-    source = host.layout.vm(VMID) / "shared"
-    return Kind.PROCESS, str(host.process("-o", f"source={source}/.,cache=auto").pid)
-
-
-def plant_mount_of_a_sandbox(host: Host) -> tuple[Kind, str]:
-    return Kind.MOUNT, str(host.mount(host.sandbox()))
-
-
-def plant_mount_of_a_vm(host: Host) -> tuple[Kind, str]:
-    return Kind.MOUNT, str(host.mount(host.vm()))
-
-
-def plant_socket_without_a_directory(host: Host) -> tuple[Kind, str]:
-    host.layout.vms.mkdir(parents=True)
-    return Kind.SOCKET, str(host.socket(host.layout.vms / "qmp.sock"))
-
-
-def plant_socket_of_a_shim(host: Host) -> tuple[Kind, str]:
-    host.sandbox()
-    path = host.shim_socket("c1")
-    return Kind.SOCKET, str(host.socket(path))
-
-
-def plant_file(host: Host) -> tuple[Kind, str]:
-    host.layout.sandboxes.mkdir(parents=True, exist_ok=True)
-    path = host.layout.sandboxes / "x.tmp"
-    path.touch()
-    return Kind.FILE, str(path)
-
-
-def plant_sandbox(host: Host) -> tuple[Kind, str]:
-    return Kind.DIRECTORY, str(host.sandbox())
-
-
-def plant_sandbox_without_a_record(host: Host) -> tuple[Kind, str]:
-    directory = host.sandbox()
-    (directory / store.RECORD).write_text("{")
-    return Kind.DIRECTORY, str(host.aged(directory))
-
-
-def plant_vm(host: Host) -> tuple[Kind, str]:
-    return Kind.DIRECTORY, str(host.vm())
-
-
-def plant_half_a_template(host: Host) -> tuple[Kind, str]:
-    return Kind.TEMPLATE, str(host.half_a_template())
-
-
-def plant_process_of_a_template(host: Host) -> tuple[Kind, str]:
-    host.half_a_template()
-    return Kind.PROCESS, str(host.process(*vmm_words()).pid)
-
-
-def plant_socket_of_a_cache(host: Host) -> tuple[Kind, str]:
-    return Kind.SOCKET, str(host.socket(host.cache_socket))
-
-
-def plant_socket_at_which_a_cache_handed_over(host: Host) -> tuple[Kind, str]:
-    return Kind.SOCKET, str(host.socket(handover_path(host.cache_socket)))
-
-
 @pytest.mark.parametrize(
     "plant",
     [
-        plant_process_of_a_record,
-        plant_process_of_a_vm_directory,
-        plant_process_whose_directory_is_gone,
-        pytest.param(plant_mount_of_a_sandbox, marks=needs_root),
-        pytest.param(plant_mount_of_a_vm, marks=needs_root),
-        plant_socket_without_a_directory,
-        plant_socket_of_a_shim,
-        plant_file,
-        plant_sandbox,
-        plant_sandbox_without_a_record,
-        plant_vm,
-        plant_half_a_template,
-        plant_process_of_a_template,
-        plant_socket_of_a_cache,
-        plant_socket_at_which_a_cache_handed_over,
+        planted.plant_process_of_a_record,
+        planted.plant_process_of_a_vm_directory,
+        planted.plant_process_whose_directory_is_gone,
+        pytest.param(planted.plant_mount_of_a_sandbox, marks=needs_root),
+        pytest.param(planted.plant_mount_of_a_vm, marks=needs_root),
+        planted.plant_socket_without_a_directory,
+        planted.plant_socket_of_a_shim,
+        planted.plant_file,
+        planted.plant_sandbox,
+        planted.plant_sandbox_without_a_record,
+        planted.plant_vm,
+        planted.plant_half_a_template,
+        planted.plant_process_of_a_template,
+        planted.plant_socket_of_a_cache,
+        planted.plant_socket_at_which_a_cache_handed_over,
     ],
 )
 def test_what_nobody_owns_is_found_and_removed(host: Host, plant: Callable[[Host], tuple[Kind, str]]) -> None:
@@ -328,7 +159,7 @@ def test_an_owner_that_comes_while_we_look_keeps_its_process(
 
 
 def test_a_listener_that_comes_between_keeps_its_socket(host: Host) -> None:
-    _, name = plant_socket_without_a_directory(host)
+    _, name = planted.plant_socket_without_a_directory(host)
     found = host.find()
     Path(name).unlink()
     host.stack.enter_context(listen(Path(name)))
@@ -348,7 +179,7 @@ def test_what_went_by_itself_counts_as_removed(host: Host) -> None:
     process = host.process(*vmm_words())
     host.sandbox()
     host.vm()
-    plant_file(host)
+    planted.plant_file(host)
     found = host.find()
     assert len(found) == 4
     process.kill()

@@ -1,8 +1,8 @@
 """The serving process: what runs in it, and in which order it ends.
 
-    publisher                     ends last, so that the last events still leave
+    publisher, signals            end last, so that the last events still leave
       tasks of the pod            sandbox, stdio copies, exit watches
-        RPC server, signals, idle watch
+        RPC server, idle watch
 
 It ends when Shutdown finds no task, at SIGTERM or SIGINT, or when nobody can want anything of it any more.
 That containerd goes away ends nothing: it comes back and finds the pods as they were.
@@ -37,7 +37,7 @@ from vc.sandbox import open_sandbox
 
 log = logging.getLogger(__name__)
 
-EVENTS_LIMIT = 2.5  # seconds for the last events
+EVENTS_LIMIT = 2.5  # seconds for the last events: less than `delete` gives us to end in
 END_LIMIT = 10.0  # seconds for the sandbox's end at a signal
 BUNDLE_INTERVAL = 1.0  # seconds
 IDLE_LIMIT = (
@@ -123,7 +123,9 @@ async def run(
             )
             await nursery.start(trio.serve_listeners, connections.serve, [listener])
             nursery.start_soon(connections.watch_idle, stop)
-            await nursery.start(_watch_signals, stop, pod)
+            # To the very end: `delete` asks us to end while the last events may still be on their way, and a
+            # signal that nobody receives would end us there.
+            await outer.start(_watch_signals, stop, pod)
             timeline.mark("serving")
             await stop.wait()
             leaving()

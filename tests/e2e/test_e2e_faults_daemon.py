@@ -43,8 +43,8 @@ def daemon(make_containerd: MakeContainerd, short: Path, events_socket: Path) ->
         yield daemon
 
 
-def relay_to(daemon: Containerd, path: Path) -> Relay:
-    return Relay(path, Path(f"{daemon.address}.ttrpc"))
+def relay_to(daemon: Containerd, path: Path, *, delay: float = 0.0) -> Relay:
+    return Relay(path, Path(f"{daemon.address}.ttrpc"), delay=delay)
 
 
 def words(history: list[Event]) -> list[str]:
@@ -104,6 +104,18 @@ def test_events_wait_for_their_socket_and_come_once_and_in_order(
         "delete",
     ]
     assert [event.exit_status for event in history if event.topic == "/tasks/exit"] == [3, 4, 0, 5]
+
+
+def test_the_last_events_arrive_though_the_daemon_is_slow_to_answer(
+    daemon: Containerd, events_socket: Path
+) -> None:
+    """It runs `delete` while they are on their way, and that asks the shim to end."""
+    with Recorder(daemon) as events, relay_to(daemon, events_socket, delay=0.3):
+        container = daemon.new_id()
+        result = daemon.run("sh", "-c", "exit 4", container=container)
+        assert result.exit_status == 4, result
+        events.wait_for(container, "delete", timeout=TIMEOUT)
+        assert events.topics(container) == ["create", "start", "exit", "delete"]
 
 
 def test_exits_and_events_outlive_a_daemon_that_is_killed(

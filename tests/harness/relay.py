@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,11 @@ class Relay:
     that misses an answer has to repeat the call, and what is to come once would come twice.
     """
 
-    def __init__(self, path: Path, target: Path) -> None:
+    def __init__(self, path: Path, target: Path, *, delay: float = 0.0) -> None:
+        """`delay` is the time in seconds that each answer takes longer."""
         self._path = path
         self._target = target
+        self._delay = delay
         self._lock = threading.Condition()
         self._listener: socket.socket | None = None
         self._open: list[socket.socket] = []
@@ -99,6 +102,7 @@ class Relay:
         decoder = Decoder()
 
         def pass_on(data: bytes) -> None:
+            time.sleep(self._delay)
             near.sendall(data)
             with self._lock:
                 self._unanswered[far] -= _count(decoder, data, RESPONSE)

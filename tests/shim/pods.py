@@ -182,6 +182,7 @@ class Shim:
     ended: trio.Event = field(default_factory=trio.Event)
     open_hook: Callable[[Any], Any] = nothing
     prepare: Callable[[FakeSandbox], None] = lambda _: None
+    answer_hook: Callable[[str], Any] = nothing  # called with the topic before an event is answered
 
     @asynccontextmanager
     async def open_sandbox(self, spec: Any, config: object) -> AsyncIterator[FakeSandbox]:
@@ -240,6 +241,7 @@ class Shim:
 
     async def forward(self, request: Any, context: object) -> Empty:
         envelope = request.envelope
+        await self.answer_hook(envelope.topic)
         kind = getattr(events_pb2, envelope.event.type_url.removeprefix("containerd.events."))
         self.events.append((envelope.topic, kind.FromString(envelope.event.value)))
         self.event_came.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import trio
@@ -134,6 +135,35 @@ async def test_a_signal_to_the_shim_ends_the_processes_and_says_so(shim: Shim) -
     assert await shim.wait_events(3) == ["/tasks/create", "/tasks/start", "/tasks/exit"]
     assert shim.events[-1][1].exit_status == 137
     assert not shim.sandboxes[0].open
+
+
+async def test_the_last_events_leave_though_delete_asks_the_shim_to_end_meanwhile(shim: Shim) -> None:
+    """containerd runs `delete` as soon as Shutdown is answered, and that sends SIGTERM to who is still there.
+
+    The event of the Delete was lost, if containerd was slow with the answers to those before.
+    """
+    asked, released = trio.Event(), trio.Event()
+
+    async def hold(topic: str) -> None:
+        if topic == "/tasks/exit":
+            asked.set()
+            await released.wait()
+
+    shim.answer_hook = hold
+    container = await shim.run()
+    container.init.end(0)
+    await shim.call("Wait", id="c1")
+    await shim.call("Delete", id="c1")
+    await asked.wait()
+    await shim.call("Shutdown", id="c1")
+    await shim.client.closed.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+    await trio.testing.wait_all_tasks_blocked(0.01)
+    released.set()
+    with trio.fail_after(10):
+        await shim.ended.wait()
+    topics = [topic for topic, _ in shim.events]
+    assert topics == ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]
 
 
 async def test_a_shim_that_nobody_wants_anything_of_ends(autojump_clock: trio.testing.MockClock) -> None:

@@ -21,6 +21,8 @@ POD_ANNOTATIONS = (
 GROUP_KEY = "io.containerd.runc.v2.group"
 TYPES = {"sandbox": SANDBOX, "podsandbox": SANDBOX, "container": CONTAINER}
 
+LOG_FIFO = "log"  # containerd's, which it reads as long as the task is there
+
 # Files of ours in the bundle; containerd removes them with it.
 SHIM_PID = "shim.pid"  # the serving process
 INIT_PID = "init.pid"  # the task's pid as containerd knows it

@@ -4,14 +4,18 @@
 
 The reader is containerd. While it is stopped nobody reads, and a slow one leaves the pipe full: a line that
 does not go out at once is dropped, since no pod may wait for its log.
+
+containerd reads one fifo for each task. With the task for which the shim was started it leaves that fifo,
+though other tasks may live on in the shim; then the log goes on in theirs.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 MAX_LINE = 4096  # bytes: linux/limits.h PIPE_BUF, up to which a line reaches the pipe whole or not at all
 LEVELS = {"WARNING": "warning", "ERROR": "error", "CRITICAL": "fatal", "INFO": "info", "DEBUG": "debug"}
@@ -68,6 +72,7 @@ class FifoHandler(logging.Handler):
         super().__init__()
         self._descriptor = descriptor
         self._fields = fields
+        self.fifos: Callable[[], Iterable[str]] = tuple  # where a reader may be if this one has left
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record, or drop it."""
@@ -77,11 +82,33 @@ class FifoHandler(logging.Handler):
                 formatted = logging.Formatter().formatException(record.exc_info)
                 message = f"{message}\n{formatted[-3000:]}"  # the end of a traceback says most
             level = LEVELS.get(record.levelname, "info")
-            os.write(self._descriptor, format_line(level, message, self._fields, at=record.created))
+            self._write(format_line(level, message, self._fields, at=record.created))
         except OSError:
             pass  # nobody reads (EPIPE), or not fast enough (EAGAIN)
         except Exception:
             self.handleError(record)
+
+    def _write(self, line: bytes) -> None:
+        try:
+            os.write(self._descriptor, line)
+        except BrokenPipeError:
+            if not any(self._move(path) for path in self.fifos()):
+                raise
+            os.write(self._descriptor, line)
+
+    def _move(self, path: str) -> bool:
+        """Write to another fifo from now on, if somebody reads it."""
+        try:
+            found = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            if not stat.S_ISFIFO(os.fstat(found).st_mode):
+                return False
+            os.dup2(found, self._descriptor)
+            return True
+        finally:
+            os.close(found)
 
 
 def install(descriptor: int, fields: Mapping[str, object], *, debug: bool) -> None:
@@ -91,3 +118,10 @@ def install(descriptor: int, fields: Mapping[str, object], *, debug: bool) -> No
     root = logging.getLogger()
     root.handlers[:] = [FifoHandler(descriptor, fields)]
     root.setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def follow(fifos: Callable[[], Iterable[str]]) -> None:
+    """Have the log go on in one of these when nobody reads its fifo any more."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, FifoHandler):
+            handler.fifos = fifos

@@ -25,6 +25,7 @@ from protos.containerd import task_v2_pb2, task_v3_pb2
 from shim import address, errors, logs, report
 from shim.announce import Announcer
 from shim.args import Args
+from shim.bundle import LOG_FIFO
 from shim.events import Publisher
 from shim.metrics import host_is_unified
 from shim.pod import Pod
@@ -114,6 +115,7 @@ async def run(
                 open_sandbox=open_sandbox,
                 load_config=load_config,
             )
+            logs.follow(lambda: [f"{task.bundle}/{LOG_FIFO}" for task in pod.tasks])
             service = TaskService(pod, unified_cgroups=host_is_unified(), stop=stop.set)
             server = Server(status_of=errors.status_of)
             for module in (task_v2_pb2, task_v3_pb2):

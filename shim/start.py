@@ -150,7 +150,7 @@ def _settle(containerd: int) -> list[str]:
 def _open_log(directory: str, null: int) -> int:
     """Open containerd's log. It reads that end before it runs us; where nobody does, there is no log."""
     try:
-        log = os.open(f"{directory}/log", os.O_WRONLY | os.O_NONBLOCK)
+        log = os.open(f"{directory}/{bundle.LOG_FIFO}", os.O_WRONLY | os.O_NONBLOCK)
     except OSError:
         return null
     if log > 2:

@@ -1,6 +1,7 @@
 """Containers that say they belong together share one shim and one machine, whoever comes and goes first."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,3 +139,19 @@ def test_members_that_come_and_go_leave_nothing_open_in_virtiofsd(
         containerd.remove(member)
         # The guest tells what it has forgotten when it has time, and nothing says when it has.
         wait_until(lambda: held_of_removed(shim) == before)
+
+
+@pytest.mark.usefixtures("vm_runtime")
+def test_what_happens_after_the_first_member_has_left_is_in_the_log(
+    containerd: Containerd, group: Group
+) -> None:
+    """containerd reads a fifo for each task, and lets go of that of a task which is gone."""
+    first, second = group.add(), group.add()
+    containerd.remove(first)
+    offset = containerd.log_size()
+    vmm = read_process(containerd.task_pid(second))
+    assert vmm is not None
+    kill(vmm)
+    containerd.wait_status(second, "STOPPED")
+    gone = re.compile(r"sandbox .* is gone: QEMU \(pid \d+\) was killed by SIGKILL")
+    wait_until(lambda: gone.search(containerd.log_since(offset)) is not None)

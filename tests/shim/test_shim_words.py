@@ -54,16 +54,40 @@ def log_pipe() -> tuple[int, int]:
     return reader, writer
 
 
+def warn(handler: logging.Handler, text: str) -> None:
+    handler.handle(logging.LogRecord("x", logging.WARNING, __file__, 1, text, (), None))
+
+
 def test_a_log_that_nobody_reads_neither_blocks_nor_fails() -> None:
     reader, writer = log_pipe()
     handler = logs.FifoHandler(writer, {"id": "c1"})
-    record = logging.LogRecord("x", logging.WARNING, __file__, 1, "text %d", (1,), None)
-    for _ in range(5000):
-        handler.handle(record)
+    for number in range(5000):
+        warn(handler, f"text {number}")
     assert os.read(reader, 30).startswith(b'time="')
     os.close(reader)
-    handler.handle(record)
+    warn(handler, "too late")
     os.close(writer)
+
+
+def test_a_log_whose_reader_has_left_goes_on_where_there_is_another(tmp_path: Path) -> None:
+    left, unread, file, read = paths = [tmp_path / name for name in ("left", "unread", "file", "read")]
+    file.touch()
+    for fifo in (left, unread, read):
+        os.mkfifo(fifo)
+    readers = [os.open(fifo, os.O_RDONLY | os.O_NONBLOCK) for fifo in (left, read)]
+    descriptor = os.open(left, os.O_WRONLY | os.O_NONBLOCK)
+    handler = logs.FifoHandler(descriptor, {})
+    handler.fifos = lambda: map(str, paths)
+    warn(handler, "first")
+    assert b'msg="first"' in os.read(readers[0], 1000)
+    os.close(readers[0])
+    warn(handler, "second")
+    warn(handler, "third")
+    told = os.read(readers[1], 1000)
+    assert re.findall(rb'msg="(\w+)"', told) == [b"second", b"third"]
+    assert file.read_bytes() == b""
+    os.close(readers[1])
+    os.close(descriptor)
 
 
 def test_a_traceback_is_one_line_of_the_log() -> None:

@@ -39,7 +39,6 @@ class LeasedChild(Child):
 
     async def reap(self) -> int | None:
         """See `Child.reap`: the keeper tells the status on the lease."""
-        await wait_exited(self.pidfd)
         while True:
             await trio.lowlevel.wait_readable(self.lease)
             try:
@@ -47,7 +46,11 @@ class LeasedChild(Child):
             except BlockingIOError:
                 continue  # see `wait_exited`
             except (OSError, ValueError):
-                return None  # the keeper was killed
+                break
+        # The keeper was killed, and the process with it; but not if it had not yet asked for that.
+        self.kill_nowait()
+        await wait_exited(self.pidfd)
+        return None
 
 
 @asynccontextmanager

@@ -66,6 +66,14 @@ async def test_a_process_whose_keeper_is_killed_dies_with_it(vm_dir: Path) -> No
             assert "ended with the process that kept it" in await child.wait_dead()
 
 
+async def test_a_process_that_its_keepers_death_does_not_kill_is_killed(vm_dir: Path) -> None:
+    """A keeper may be killed before its process has asked the kernel to die with it."""
+    async with leased(["sleep", "1000"], name="thing", vm_dir=vm_dir) as child:
+        os.kill(keeper_of(child.pid), signal.SIGKILL)
+        with trio.fail_after(LIMIT):
+            assert "ended with the process that kept it" in await child.wait_dead()
+
+
 async def test_a_parked_process_lives_on_until_the_next_owner_lets_go(vm_dir: Path) -> None:
     async with leased(SLEEP, name="thing", vm_dir=vm_dir) as child:
         lease, pidfd = duplicate(child.lease, child.pidfd)

@@ -7,7 +7,9 @@ on those that scripts/fetch_containerd unpacked; what differs between the genera
 import json
 import os
 import re
+import shlex
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +59,10 @@ from tests.e2e.test_e2e_tasks import (  # noqa: F401
 )
 from tests.harness.containerd import Containerd, HarnessError
 from tests.harness.events import Recorder
-from tests.harness.runtimes import ROOT, Runtime, Start, set_factory
+from tests.harness.leaks import shim_socket
+from tests.harness.prelude import Prelude
+from tests.harness.relay import Relay
+from tests.harness.runtimes import ROOT, Runtime, Start, kata, set_factory
 from tests.skips import NotToBeHad
 
 
@@ -208,3 +213,38 @@ def test_forced_deletion_ends_what_runs_and_leaves_nothing(
         containerd.ctr("container", "rm", container)
     events.wait_for(container, "delete")
     assert events.topics(container) == ["create", "start", "exit", "delete"]
+
+
+@pytest.fixture
+def relayed(make_containerd: MakeContainerd, generation: Generation) -> Iterator[tuple[Containerd, Relay]]:
+    """A daemon that is told version 3 of the Task service by the shim's `start`, and what it calls."""
+    with tempfile.TemporaryDirectory(prefix="kata-v3-") as directory:  # short, for a socket
+        path = kata(Path(directory)).environ["PATH"]
+        prelude = Prelude(Path(directory, "programs"), path)
+        for program in generation.programs.iterdir():
+            (prelude.directory / program.name).symlink_to(program)
+        with make_containerd(programs=prelude.directory) as daemon:
+            container = daemon.new_id()
+            relay = Relay(Path(directory, "s"), shim_socket(daemon, container))
+            answer = json.dumps({"version": 3, "address": f"unix://{directory}/s", "protocol": "ttrpc"})
+            prelude.line(f'{prelude.shim} "$@" >/dev/null && printf %s {shlex.quote(answer)}; exit')
+            with relay:
+                yield daemon, relay
+
+
+@pytest.mark.parametrize("generation", [GENERATIONS[1]], indirect=True)
+def test_version_3_of_the_task_service_is_spoken_to_a_daemon_that_asks_for_it(
+    relayed: tuple[Containerd, Relay],
+) -> None:
+    """Ours tells version 2, which every daemon takes; a client of the library may tell 3."""
+    daemon, relay = relayed
+    container = daemon.ids[-1]
+    daemon.ctr(*daemon.run_arguments("sleep", "1000", container=container, flags=["--detach"]))
+    assert json.loads((bundle_of(daemon, container) / "bootstrap.json").read_text())["version"] == 3
+    result = daemon.exec(container, "sh", "-c", "echo out; exit 3", flags=["--exec-id", "one"])
+    assert (result.stdout, result.exit_status) == (b"out\n", 3)
+    daemon.ctr("task", "pause", container)
+    daemon.ctr("task", "resume", container)
+    assert daemon.delete_task(container, "--force") == 137
+    daemon.ctr("container", "rm", container)
+    assert set(relay.calls) == {"containerd.task.v3.Task"}

@@ -8,13 +8,17 @@ NAME = "containerd-shim-kata-v2"
 
 
 class Prelude:
-    """A directory to put in front of PATH. Its shim runs a line of shell first, when it is to `start`."""
+    """A directory to put in front of PATH. Its shim runs a line of shell first, when it is to `start`.
+
+    The line sees the shim's arguments; the real program is `shim`.
+    """
 
     def __init__(self, directory: Path, path: str) -> None:
         """`path` is the PATH on which the real shim is found."""
         real = shutil.which(NAME, path=path)
         assert real is not None, path
         self.directory = directory
+        self.shim = real
         self._line = directory / "prelude.sh"
         directory.mkdir()
         self.line("")

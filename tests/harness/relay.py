@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from ttrpc.frames import REQUEST, RESPONSE, Decoder
+from protos.ttrpc.ttrpc_pb2 import Request
+from ttrpc.frames import REQUEST, RESPONSE, Decoder, Frame
 
 ANSWERED = 60.0  # seconds that only a daemon which hangs exceeds
 
@@ -29,6 +30,7 @@ class Relay:
         self._listener: socket.socket | None = None
         self._open: list[socket.socket] = []
         self._unanswered: Counter[socket.socket] = Counter()  # calls, by connection to the target
+        self.calls: Counter[str] = Counter()  # that went through, by service
 
     def __enter__(self) -> "Relay":
         self.up()
@@ -93,7 +95,9 @@ class Relay:
             with self._lock:
                 if self._listener is not listener:
                     return
-                self._unanswered[far] += _count(decoder, data, REQUEST)
+                for call in _payloads(decoder, data, REQUEST):
+                    self._unanswered[far] += 1
+                    self.calls[Request.FromString(call).service] += 1
             far.sendall(data)
 
         _copy(near, far, pass_on)
@@ -105,7 +109,7 @@ class Relay:
             time.sleep(self._delay)
             near.sendall(data)
             with self._lock:
-                self._unanswered[far] -= _count(decoder, data, RESPONSE)
+                self._unanswered[far] -= len(_payloads(decoder, data, RESPONSE))
                 self._lock.notify_all()
 
         _copy(far, near, pass_on)
@@ -114,8 +118,9 @@ class Relay:
             self._lock.notify_all()
 
 
-def _count(decoder: Decoder, data: bytes, kind: int) -> int:
-    return sum(frame.kind == kind for frame in decoder.receive_data(data))
+def _payloads(decoder: Decoder, data: bytes, kind: int) -> list[bytes]:
+    frames = (frame for frame in decoder.receive_data(data) if isinstance(frame, Frame))
+    return [frame.data for frame in frames if frame.kind == kind]
 
 
 def _copy(source: socket.socket, sink: socket.socket, pass_on: Callable[[bytes], None]) -> None:

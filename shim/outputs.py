@@ -172,15 +172,19 @@ class FileOutput:
 
 
 class Shared:
-    """One output of several users: it is closed when the last of them has closed it."""
+    """One output of several users: it is closed when the last of them has closed it.
+
+    They write in turns, for no two tasks can wait for one descriptor.
+    """
 
     def __init__(self, output: Output, users: int) -> None:
         self._output = output
         self._users = users
+        self._turn = trio.Lock()
 
     def handle(self) -> Output:
         """Return one user's view."""
-        return _Handle(self._output, self._release)
+        return _Handle(self._output, self._turn, self._release)
 
     def _release(self) -> None:
         self._users -= 1
@@ -189,15 +193,17 @@ class Shared:
 
 
 class _Handle:
-    def __init__(self, output: Output, release: Callable[[], None]) -> None:
+    def __init__(self, output: Output, turn: trio.Lock, release: Callable[[], None]) -> None:
         self._output = output
+        self._turn = turn
         self._release: Callable[[], None] | None = release
 
     async def ready(self) -> None:
         await self._output.ready()
 
     async def write_all(self, data: bytes | bytearray | memoryview) -> None:
-        await self._output.write_all(data)
+        async with self._turn:
+            await self._output.write_all(data)
 
     def close(self) -> None:
         if self._release is not None:

@@ -10,9 +10,15 @@ from pathlib import Path
 
 import pytest
 import trio
-from trio.testing import MemoryReceiveStream, MemorySendStream, memory_stream_one_way_pair
+from trio.testing import (
+    MemoryReceiveStream,
+    MemorySendStream,
+    memory_stream_one_way_pair,
+    wait_all_tasks_blocked,
+)
 
 from shim import stdio
+from shim.outputs import PIPE_BYTES
 from shim.stdio import ProcessIO
 from shim.stdio_uri import Kind, Plan, Target, parse_target, plan
 from shim.tasks import Stdio
@@ -173,6 +179,23 @@ async def test_a_burst_before_the_end_is_neither_lost_nor_buffered(setup: Setup)
     assert await read_to_end(end) == burst
     with trio.fail_after(10):
         await waited.wait()
+    os.close(end)
+
+
+async def test_both_outputs_in_one_fifo_wait_for_a_slow_reader(setup: Setup) -> None:
+    """Symptom: all output stopped, and the rest of it was lost, when both had to wait for the reader."""
+    out = setup.fifo("out")
+    end = reader(out)
+    await setup.run(stdout=out, stderr=out)
+    size = 4 * PIPE_BYTES
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(setup.guest.out.send_all, b"o" * size)
+        nursery.start_soon(setup.guest.err.send_all, b"e" * size)
+        await wait_all_tasks_blocked()  # the fifo is full, and both wait
+        data = await read_exactly(end, 2 * size)
+    await setup.guest.end()
+    assert await read_to_end(end) == b""
+    assert (data.count(b"o"), data.count(b"e")) == (size, size)
     os.close(end)
 
 

@@ -32,9 +32,9 @@ from lib_starts import (
     measure_start,
     memory_of,
     start_at_once,
-    wait_cached,
 )
 
+from tests.harness.cache import Cache
 from tests.harness.containerd import Containerd
 from tests.harness.processes import processes_of
 
@@ -161,7 +161,7 @@ def measure_starts(results: Results, found: Mapping[str, Containerd], runs: int)
         note(f"starts, run {number + 1} of {runs}")
         for kind, containerd in found.items():
             if kind == CACHE:
-                wait_cached(containerd)
+                Cache(containerd).wait_ready()
             start = measure_start(containerd)
             results.add(f"ctr run --rm, {kind}", "s", start.done)
             results.add(f"ctr run, first byte, {kind}", "s", start.first_byte)
@@ -174,7 +174,7 @@ def measure_memory(results: Results, found: Mapping[str, Containerd]) -> None:
     note("memory of a pod")
     for kind, containerd in found.items():
         if kind == CACHE:
-            wait_cached(containerd)
+            Cache(containerd).wait_ready()
         if kind == RUNC:
             continue
         with containerd.running():
@@ -190,7 +190,7 @@ def measure_many(results: Results, found: Mapping[str, Containerd]) -> None:
         for count in AT_ONCE:
             note(f"{count} pods at once, {kind}")
             if kind == CACHE:
-                wait_cached(containerd)
+                Cache(containerd).wait_ready()
             many = start_at_once(containerd, count)
             results.add(f"{count} at once, {kind}: all have printed", "s", many.seconds)
             results.add(f"{count} at once, {kind}: failures", "", many.failures)

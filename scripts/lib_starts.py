@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.harness import runtimes
+from tests.harness.cache import Cache
 from tests.harness.containerd import Containerd
 from tests.harness.processes import processes_of
 
 COLD, TEMPLATE, CACHE, RUNC = "cold", "template", "cache", "runc"
 SHIM, VMM, VIRTIOFSD = "shim", "VMM", "virtiofsd"
-CACHED_VMS = 1  # what waits while nothing is asked for; a second one would take the time of a measured start
-READY_TIMEOUT = 120.0  # seconds for the factory's process to have its VMs
+START_TIMEOUT = 120.0  # seconds for one pod
 AT_ONCE_TIMEOUT = 300.0  # seconds for all pods that were started at once
 TIMELINE = re.compile(r"timeline of (\S+) since ([0-9.]+): ([^\"\\]*)")
 
@@ -52,7 +52,7 @@ def measure_start(containerd: Containerd) -> Start:
     assert client.stdout is not None
     first = client.stdout.read(1)
     first_byte = time.monotonic() - began
-    _, errors = client.communicate(timeout=READY_TIMEOUT)
+    _, errors = client.communicate(timeout=START_TIMEOUT)
     done = time.monotonic() - began
     if client.returncode != 0 or not first:
         raise RuntimeError(f"{errors.decode()}\n{containerd.log_since(offset)}")
@@ -83,84 +83,24 @@ def kinds(wanted: Sequence[str]) -> Iterator[dict[str, Containerd]]:
     with ExitStack() as stack:
         found = {}
         for kind in wanted:
-            runtime = runtimes.kata if kind != RUNC else (lambda _: runtimes.runc())
-            containerd = stack.enter_context(Containerd(runtime, level="info"))
-            if kind != RUNC:
-                runtimes.set_factory(containerd.runtime.config, **FACTORIES[kind](containerd.directory))
-                if kind == TEMPLATE:
-                    init_template(containerd)
-                elif kind == CACHE:
-                    stack.enter_context(cache_server(containerd))
+            containerd = stack.enter_context(Containerd(_runtime(kind), level="info"))
+            if kind in STARTS:
+                containerd.runtime.start_from(STARTS[kind])
+            if kind == TEMPLATE:
+                containerd.runtime.factory("init")
+            elif kind == CACHE:
+                stack.enter_context(Cache(containerd).server(1))
             found[kind] = containerd
         yield found
 
 
-FACTORIES: Mapping[str, Callable[[Path], Mapping[str, str | int]]] = {
-    COLD: lambda _: {"enable_template": False},
-    TEMPLATE: lambda at: {"enable_template": True, "template_path": f"{at}/template"},
-    CACHE: lambda at: {
-        "enable_template": True,
-        "template_path": f"{at}/template",
-        "vm_cache_number": CACHED_VMS,
-        "vm_cache_endpoint": f"{at}/cache/cache.sock",
-    },
-}
+def _runtime(kind: str) -> Callable[[Path], runtimes.Runtime]:
+    if kind == RUNC:
+        return lambda _: runtimes.runc()
+    return lambda directory: runtimes.kata(directory, template_path=directory / "template")
 
 
-def factory_command(containerd: Containerd, action: str) -> list[str]:
-    return ["kata-runtime", "--config", containerd.runtime.environ["KATA_CONF_FILE"], "factory", action]
-
-
-def init_template(containerd: Containerd) -> None:
-    done = subprocess.run(
-        factory_command(containerd, "init"),
-        env=containerd.environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"no template: {done.stdout}{done.stderr}")
-
-
-@contextmanager
-def cache_server(containerd: Containerd) -> Iterator[None]:
-    """Run the process that keeps VMs ready, and wait until it has one."""
-    (containerd.directory / "cache").mkdir(mode=0o700)
-    log = (containerd.directory / "cache.log").open("wb")
-    server = subprocess.Popen(
-        factory_command(containerd, "init"),
-        env=containerd.environ,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-    )
-    try:
-        wait_cached(containerd)
-        yield
-    finally:
-        server.terminate()
-        server.wait()
-        log.close()
-
-
-def wait_cached(containerd: Containerd) -> None:
-    """Wait until a VM waits: the server tells nobody when it has one."""
-    deadline = time.monotonic() + READY_TIMEOUT
-    while True:
-        status = subprocess.run(
-            factory_command(containerd, "status"),
-            env=containerd.environ,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if re.search(r"(?m)^VM pid = \d+", status.stdout):
-            return
-        if time.monotonic() > deadline:
-            log = (containerd.directory / "cache.log").read_text()
-            raise RuntimeError(f"no VM waits: {status.stdout}{status.stderr}\n{log}")
-        time.sleep(0.2)
+STARTS = {COLD: runtimes.Start.DIRECT, TEMPLATE: runtimes.Start.TEMPLATE, CACHE: runtimes.Start.CACHE}
 
 
 # Memory

@@ -14,7 +14,6 @@ from tests.harness.events import Event, Recorder
 from tests.harness.faults import Fault
 from tests.harness.prelude import Prelude
 from tests.harness.relay import Relay
-from tests.harness.runtimes import kata
 
 WORK = ("sh", "-c", "trap 'exit 5' TERM; while :; do sleep 1000 & wait $!; done")
 
@@ -34,8 +33,7 @@ def events_socket(short: Path) -> Path:
 @pytest.fixture(scope="module")
 def daemon(make_containerd: MakeContainerd, short: Path, events_socket: Path) -> Iterator[Containerd]:
     """A containerd whose shims find its socket for events elsewhere."""
-    path = kata(short).environ["PATH"]
-    prelude = Prelude(short / "programs", path)
+    prelude = Prelude(short / "programs")
     with make_containerd(programs=prelude.directory) as daemon:
         if not daemon.runtime.is_vm:
             pytest.skip(f"{daemon.runtime.name} has no VM")

@@ -16,7 +16,7 @@ from tests.harness.containerd import TIMEOUT, Containerd
 from tests.harness.events import Recorder
 from tests.harness.faults import Fault
 from tests.harness.prelude import Prelude
-from tests.harness.runtimes import Start, kata, set_factory
+from tests.harness.runtimes import Start, set_factory
 
 pytestmark = pytest.mark.usefixtures("vm_runtime")
 
@@ -66,8 +66,7 @@ def limited(
     make_containerd: MakeContainerd, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Containerd, Prelude]]:
     """A containerd whose shims a test can limit."""
-    directory = tmp_path_factory.mktemp("limited")
-    prelude = Prelude(directory / "programs", kata(directory).environ["PATH"])
+    prelude = Prelude(tmp_path_factory.mktemp("limited") / "programs")
     with make_containerd(programs=prelude.directory, start=Start.DIRECT) as daemon:
         daemon.run("true")  # what the daemon opens once and keeps
         yield daemon, prelude

@@ -5,7 +5,6 @@ on those that scripts/fetch_containerd unpacked; what differs between the genera
 """
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -62,7 +61,7 @@ from tests.harness.events import Recorder
 from tests.harness.leaks import shim_socket
 from tests.harness.prelude import Prelude
 from tests.harness.relay import Relay
-from tests.harness.runtimes import ROOT, Runtime, Start, kata, set_factory
+from tests.harness.runtimes import Runtime, Start, build, set_factory
 from tests.skips import NotToBeHad
 
 
@@ -78,8 +77,7 @@ class Generation:
 
     @property
     def programs(self) -> Path:
-        out = Path(os.environ.get("KATA_OUT", ROOT / "build"))
-        return out / "containerd" / self.suite / "usr" / "bin"
+        return build() / "containerd" / self.suite / "usr" / "bin"
 
     def skip(self, why: str) -> None:
         text = f"no containerd of Debian's {self.suite} to test with: {why}"
@@ -219,8 +217,7 @@ def test_forced_deletion_ends_what_runs_and_leaves_nothing(
 def relayed(make_containerd: MakeContainerd, generation: Generation) -> Iterator[tuple[Containerd, Relay]]:
     """A daemon that is told version 3 of the Task service by the shim's `start`, and what it calls."""
     with tempfile.TemporaryDirectory(prefix="kata-v3-") as directory:  # short, for a socket
-        path = kata(Path(directory)).environ["PATH"]
-        prelude = Prelude(Path(directory, "programs"), path)
+        prelude = Prelude(Path(directory, "programs"))
         for program in generation.programs.iterdir():
             (prelude.directory / program.name).symlink_to(program)
         with make_containerd(programs=prelude.directory) as daemon:

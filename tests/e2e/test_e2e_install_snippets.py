@@ -1,7 +1,6 @@
 """What docs/install.md tells an administrator to write is understood by what reads it."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -10,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.runtimes import ROOT
+from tests.harness.runtimes import ROOT, build
 from tests.skips import NotToBeHad
 
 PAGE = (ROOT / "docs" / "install.md").read_text()
-OUT = Path(os.environ.get("KATA_OUT", ROOT / "build"))
+OUT = build()
 
 
 def snippets(language: str) -> list[str]:

@@ -5,15 +5,13 @@ takes some hundredths of a second, which is in it.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from tests.harness import leaks
 from tests.harness.containerd import Containerd, HarnessError
-from tests.harness.runtimes import ROOT
+from tests.harness.runtimes import build
 
 
 class Fault:
@@ -41,7 +39,7 @@ class Fault:
 
 
 def _note(name: str, seconds: float) -> None:
-    path = Path(os.environ.get("KATA_OUT", ROOT / "build")) / "faults.json"
+    path = build() / "faults.json"
     times = json.loads(path.read_text()) if path.exists() else {}
     times[name] = round(seconds, 2)
     path.write_text(json.dumps(times, indent=2, sort_keys=True) + "\n")

@@ -4,6 +4,8 @@ import shlex
 import shutil
 from pathlib import Path
 
+from tests.harness.runtimes import search_path
+
 NAME = "containerd-shim-kata-v2"
 
 
@@ -13,10 +15,9 @@ class Prelude:
     The line sees the shim's arguments; the real program is `shim`.
     """
 
-    def __init__(self, directory: Path, path: str) -> None:
-        """`path` is the PATH on which the real shim is found."""
-        real = shutil.which(NAME, path=path)
-        assert real is not None, path
+    def __init__(self, directory: Path) -> None:
+        real = shutil.which(NAME, path=search_path())
+        assert real is not None, search_path()
         self.directory = directory
         self.shim = real
         self._line = directory / "prelude.sh"

@@ -68,6 +68,16 @@ class Runtime:
         return done.stdout
 
 
+def build() -> Path:
+    """Return where the guest and the commands are built."""
+    return Path(os.environ.get("KATA_OUT", ROOT / "build"))
+
+
+def search_path() -> str:
+    """Return the PATH on which this checkout's shim is found."""
+    return f"{build() / 'bin'}:{os.environ['PATH']}"
+
+
 def runc() -> Runtime:
     return Runtime("io.containerd.runc.v2", is_vm=False)
 
@@ -78,14 +88,14 @@ def kata(directory: Path, *, template_path: Path | None = None) -> Runtime:
     The guest and the configuration are those of the build (KATA_OUT, default build/ at the root). VMs are
     booted until `start_from` says otherwise.
     """
-    out = Path(os.environ.get("KATA_OUT", ROOT / "build"))
+    out = build()
     base = Path(os.environ.get("KATA_E2E_CONF_FILE", out / "configuration.toml"))
     if not base.exists():
         raise FileNotFoundError(f"no configuration {str(base)!r}: run scripts/build_guest first")
     run_dir = directory / "vc"
     config = directory / "configuration.toml"
     config.write_text(with_run_dir(base.read_text(), run_dir))
-    environ = {"PATH": f"{out / 'bin'}:{os.environ['PATH']}", "KATA_CONF_FILE": str(config)}
+    environ = {"PATH": search_path(), "KATA_CONF_FILE": str(config)}
     runtime = Runtime(
         "io.containerd.kata.v2", is_vm=True, environ=environ, run_dir=run_dir, template_path=template_path
     )

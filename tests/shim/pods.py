@@ -132,6 +132,18 @@ async def nothing(_: object) -> None:
     await trio.lowlevel.checkpoint()
 
 
+class Gate:
+    """A hook at which whoever calls it stands until the test lets it through."""
+
+    def __init__(self) -> None:
+        self.reached = trio.Event()
+        self.opened = trio.Event()
+
+    async def __call__(self, _: object) -> None:
+        self.reached.set()
+        await self.opened.wait()
+
+
 class FakeSandbox:
     def __init__(self, spec: Any) -> None:
         self.id = spec.id

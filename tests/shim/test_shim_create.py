@@ -8,11 +8,7 @@ import pytest
 import trio
 
 from protos.containerd import task_v2_pb2, types_pb2
-from tests.shim.pods import (
-    PID,
-    TASK,
-    Shim,
-)
+from tests.shim.pods import PID, TASK, Gate, Shim
 from ttrpc.client import Client
 from ttrpc.status import Code
 from vc.errors import AgentError, HypervisorError, InvalidArgument
@@ -88,20 +84,15 @@ async def test_a_create_that_fails_in_the_guest_ends_the_sandbox_and_can_be_repe
 
 
 async def test_state_says_not_found_and_does_not_wait_while_a_create_is_under_way(shim: Shim) -> None:
-    opening, go_on = trio.Event(), trio.Event()
-
-    async def slow(spec: object) -> None:
-        opening.set()
-        await go_on.wait()
-
-    shim.open_hook = slow
+    opening = Gate()
+    shim.open_hook = opening
     async with trio.open_nursery() as nursery:
         nursery.start_soon(shim.create)
-        await opening.wait()
+        await opening.reached.wait()
         assert (await shim.fails("State", id="c1")).code is Code.NOT_FOUND
         assert (await shim.fails("Create", id="c1", bundle=shim.bundle("c1"))).code is Code.ALREADY_EXISTS
         await shim.call("Shutdown", id="c1")
-        go_on.set()
+        opening.opened.set()
     assert (await shim.call("State", id="c1")).status == 1
 
 

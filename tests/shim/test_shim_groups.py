@@ -14,7 +14,7 @@ import trio
 
 from shim import bundle
 from tests.shim.bundles import Bundle, call, end
-from tests.shim.pods import FakeContainer, Shim
+from tests.shim.pods import FakeContainer, Gate, Shim
 from ttrpc.status import Code
 from vc.errors import AgentError, InvalidArgument
 from vc.oci.spec import GROUP_KEY, identify
@@ -42,18 +42,13 @@ async def test_members_share_the_sandbox_and_the_last_one_ends_it(shim: Shim, or
 
 
 async def test_members_that_come_at_once_make_one_sandbox(shim: Shim) -> None:
-    entered, proceed = trio.Event(), trio.Event()
-
-    async def slow(_: object) -> None:
-        entered.set()
-        await proceed.wait()
-
-    shim.open_hook = slow
+    opening = Gate()
+    shim.open_hook = opening
     async with trio.open_nursery() as nursery:
         for task_id in ("c1", "c2", "c3"):
             nursery.start_soon(partial(shim.create, task_id, annotations=GROUP))
-        await entered.wait()
-        proceed.set()
+        await opening.reached.wait()
+        opening.opened.set()
     assert len(shim.sandboxes) == 1
     assert set(shim.sandboxes[0].containers) == {"c1", "c2", "c3"}
 
@@ -80,18 +75,13 @@ async def test_members_that_leave_at_once_do_not_leave_the_sandbox_behind(shim: 
 
 async def test_a_member_that_comes_while_the_last_one_goes_gets_a_new_sandbox(shim: Shim) -> None:
     await shim.create("c1", annotations=GROUP)
-    ending, proceed = trio.Event(), trio.Event()
-
-    async def slow(_: object) -> None:
-        ending.set()
-        await proceed.wait()
-
-    shim.sandboxes[0].end_hook = slow
+    ending = Gate()
+    shim.sandboxes[0].end_hook = ending
     async with trio.open_nursery() as nursery:
         nursery.start_soon(partial(shim.call, "Delete", id="c1"))
-        await ending.wait()
+        await ending.reached.wait()
         nursery.start_soon(partial(shim.create, "c2", annotations=GROUP))
-        proceed.set()
+        ending.opened.set()
     assert [sandbox.open for sandbox in shim.sandboxes] == [False, True]
     assert (await shim.call("State", id="c2")).status == 1
 

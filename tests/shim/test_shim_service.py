@@ -17,7 +17,7 @@ from tests.shim.pods import (
     TASK,
     TASK_V3,
     FakeProcess,
-    FakeSandbox,
+    Gate,
     Shim,
     nothing,
 )
@@ -267,20 +267,15 @@ async def test_one_of_two_deletes_at_once_wins_and_the_other_finds_nothing(shim:
 
 async def test_a_delete_whose_client_gave_up_is_finished_anyway(shim: Shim) -> None:
     await bring_to(shim, "stopped")
-    deleting, go_on = trio.Event(), trio.Event()
-
-    async def slow(_: FakeSandbox) -> None:
-        deleting.set()
-        await go_on.wait()
-
-    shim.sandboxes[0].end_hook = slow
+    deleting = Gate()
+    shim.sandboxes[0].end_hook = deleting
     async with trio.open_nursery() as nursery:
         other = Client(await trio.open_unix_socket(str(shim.socket)))
         nursery.start_soon(other.run)
         other.open_stream(TASK["Delete"], task_v2_pb2.DeleteRequest(id="c1"))
-        await deleting.wait()
+        await deleting.reached.wait()
         await other.aclose()
-    go_on.set()
+    deleting.opened.set()
     topics = await shim.wait_events(4)
     assert topics[-1] == "/tasks/delete"
     assert (await shim.fails("Delete", id="c1")).code is Code.NOT_FOUND

@@ -129,7 +129,7 @@ async def take(endpoint: Path, wanted: Wanted) -> Parked:
         try:
             connection.send(format_wanted(wanted))
             with trio.fail_after(TIMEOUT):
-                data, descriptors = await receive(connection, MAX_MESSAGE, DESCRIPTORS)
+                data, descriptors = await receive(connection, MAX_MESSAGE, len(DESCRIPTORS))
         except trio.TooSlowError:
             raise HypervisorError(f"the cache does not answer within {TIMEOUT:g} s") from None
         except OSError as exc:

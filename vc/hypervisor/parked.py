@@ -7,7 +7,6 @@ SCM_RIGHTS). The rule: they are sent or closed all together.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from vc.errors import HypervisorError
 
 MAX_MESSAGE = 1 << 16  # bytes; most of it is what the guest said about itself
+DESCRIPTORS = ("lease", "pidfd", "stderr", "console", "lock")  # in the order in which they are sent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,33 +34,20 @@ class Parked:
     lock: int  # holds the lock of the VM's directory
 
     def descriptors(self) -> list[int]:
-        """Return all of them, in the order of `with_descriptors`."""
-        return [self.lease, self.pidfd, self.stderr, self.console, self.lock]
+        """Return all of them, in the order of `DESCRIPTORS`."""
+        return [getattr(self, name) for name in DESCRIPTORS]
 
     def close(self) -> None:
         """Let go of the VM. Unless it was handed over, it is killed and its directory removed."""
         close_all(self.descriptors())
 
 
-DESCRIPTORS = 5  # of each one
-
-
 def with_descriptors(
     descriptors: Sequence[int], *, vmid: str, pid: int, cid: int | None, details: bytes
 ) -> Parked:
     """Put one together. Raises: ValueError if these are not as many as there should be."""
-    lease, pidfd, stderr, console, lock = descriptors
-    return Parked(
-        vmid=vmid,
-        pid=pid,
-        cid=cid,
-        details=details,
-        lease=lease,
-        pidfd=pidfd,
-        stderr=stderr,
-        console=console,
-        lock=lock,
-    )
+    named = dict(zip(DESCRIPTORS, descriptors, strict=True))
+    return Parked(vmid=vmid, pid=pid, cid=cid, details=details, **named)
 
 
 def close_all(descriptors: Sequence[int]) -> None:
@@ -99,6 +86,6 @@ def parse_parked_untrusted(data: bytes, descriptors: Sequence[int]) -> Parked:
         if not (cid is None or type(cid) is int):
             raise ValueError(f"context id {cid!r}")
         return with_descriptors(descriptors, vmid=vmid, pid=pid, cid=cid, details=details)
-    except (ValueError, TypeError, KeyError, binascii.Error) as exc:
+    except (ValueError, TypeError, KeyError, RecursionError) as exc:  # binascii.Error is a ValueError
         close_all(descriptors)
         raise HypervisorError(f"what was handed over is no VM: {type(exc).__name__}: {exc}") from exc

@@ -4,7 +4,7 @@
 """
 
 # pathlib costs 9 ms, and these functions are on the path of every start
-# ruff: noqa: PTH105
+# ruff: noqa: PTH105, PTH112
 
 import os
 
@@ -27,6 +27,8 @@ LOG_FIFO = "log"  # containerd's, which it reads as long as the task is there
 SHIM_PID = "shim.pid"  # the serving process
 INIT_PID = "init.pid"  # the task's pid as containerd knows it
 RUN_DIR = "run-dir"  # where the sandbox's record is; written before there is one
+# containerd's (1.7 on): which sandbox the task joined, if it did so by no `start` of ours (Sandbox API).
+JOINED = "sandbox"
 
 
 class BundleError(Exception):
@@ -76,11 +78,14 @@ def group_of(annotations: "dict[str, str]", container_id: str) -> Group:
 
 
 def read_group(bundle: str, container_id: str) -> Group:
-    """Read just as much of config.json as the grouping needs. Without a file: stand-alone (Sandbox API).
+    """Read just as much of config.json as the grouping needs. A sandbox that a client made has none.
 
     Raises:
         BundleError: config.json is there and useless.
     """
+    joined = read_file(bundle, JOINED)
+    if joined:
+        return Group(CONTAINER, joined)
     path = f"{bundle}/config.json"
     try:
         with open(path, "rb") as file:
@@ -116,6 +121,15 @@ def annotations_of(config: "dict[str, object]", path: str) -> "dict[str, str]":
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise BundleError(f"{path}: annotations is no object of strings")
     return found
+
+
+def bundle_dir(path: str) -> str:
+    """Return a client's path of a bundle. It stays as it was: clients get it back. Raises: BundleError."""
+    if not path.startswith("/"):
+        raise BundleError(f"bundle {path!r} is no absolute path")
+    if not os.path.isdir(path):
+        raise BundleError(f"bundle {path!r} is no directory")
+    return path
 
 
 def read_file(bundle: str, name: str) -> str:

@@ -7,10 +7,11 @@ client reads without asking whether they are there are always there, even empty.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from google.protobuf.any_pb2 import Any
+from google.protobuf.message import Message
 
 from protos.containerd import cgroups_v1_pb2 as v1
 from protos.containerd import cgroups_v2_pb2 as v2
@@ -79,11 +80,36 @@ V2_ONLY = frozenset(
         *("thp_fault_alloc", "thp_collapse_alloc"),
     }
 )
+CPU_SUMS = ("total_usage", "usage_in_kernelmode", "usage_in_usermode")  # of agent.proto's CpuUsage
+MEMORY_SUMS = ("usage", "swap_usage", "kernel_usage")  # of agent.proto's MemoryStats
 
 
 def host_is_unified(root: Path = CGROUP_ROOT) -> bool:
     """Say whether the host runs cgroup v2 alone: only then is this file at the top of the hierarchy."""
     return (root / "cgroup.controllers").exists()
+
+
+def total(parts: Iterable[StatsContainerResponse]) -> StatsContainerResponse:
+    """Return the counters of several containers of one VM as if they were one without limits."""
+    out = StatsContainerResponse()
+    group = out.cgroup_stats
+    for part in parts:
+        more = part.cgroup_stats
+        _add(group.cpu_stats.cpu_usage, more.cpu_stats.cpu_usage, CPU_SUMS)
+        group.pids_stats.current += more.pids_stats.current
+        for name in MEMORY_SUMS:
+            _add(getattr(group.memory_stats, name), getattr(more.memory_stats, name), ("usage",))
+        for name, count in more.memory_stats.stats.items():
+            if not name.startswith("hierarchical_"):
+                group.memory_stats.stats[name] += count
+        if not out.network_stats:
+            out.network_stats.extend(part.network_stats)  # the VM's, which are the same for all
+    return out
+
+
+def _add(out: Message, more: Message, names: Iterable[str]) -> None:
+    for name in names:
+        setattr(out, name, getattr(out, name) + getattr(more, name))
 
 
 def metrics(stats: StatsContainerResponse, *, unified: bool, oom_kills: int = 0) -> Any:

@@ -17,7 +17,7 @@ import trio
 
 from shim import bundle, stdio_uri
 from shim.exits import SIGKILL, Exits
-from shim.sandbox import OpenSandbox, PodSandbox
+from shim.sandbox import OpenSandbox, PodSandbox, identity_of
 from shim.stdio import ProcessIO
 from shim.tasks import KILLED_STATUS, LOST_STATUS, CreateRequest, ProcessRecord, State, Stdio, Task, Tasks
 from vc import timeline
@@ -74,6 +74,11 @@ class Pod:
             load_config=load_config,
         )
 
+    @property
+    def in_use(self) -> bool:
+        """Whether this process is there for something: a task, or a sandbox that waits for one."""
+        return self.tasks.in_use or self.sandbox.kept
+
     # Create
 
     async def create(self, request: CreateRequest) -> Task:
@@ -88,7 +93,7 @@ class Pod:
             spec = oci.read_spec(Path(request.bundle))
             if not spec.get("process"):
                 raise InvalidArgument(f"{request.bundle}/config.json has no process to run")
-            identity = oci.identify(oci.read_annotations(spec), request.id)
+            identity = identity_of(request, spec)
             # A mistake shall not cost a boot.
             await trio.to_thread.run_sync(check_workload, spec, look)
             if not request.rootfs:
@@ -108,7 +113,7 @@ class Pod:
             return self._add(request, container, io, owns=owns)
         finally:
             self.tasks.release(request.id)
-            if not self.tasks.in_use:
+            if not self.in_use:
                 await self.sandbox.end(SANDBOX_END_WAIT)
 
     async def _create_container(
@@ -247,19 +252,23 @@ class Pod:
         for record in list(task.execs.values()):
             record.end(KILLED_STATUS, time.time())
             await self._close_io(record)
-        last = task.owns_sandbox or not self.tasks.in_use_beside(task.id)
+        last = task.owns_sandbox or self._is_alone(task)
         if not last:  # else the VM goes, and the container with it
             await self._remove_container(task)
         with trio.move_on_after(OUTPUT_END_WAIT):
             await task.init.io.wait_finished()
         await self._close_io(task.init)
         # Of a group's last two, which leave together, each saw the other until now.
-        if last or not self.tasks.in_use_beside(task.id):
+        if last or self._is_alone(task):
             await self.sandbox.end(SANDBOX_END_WAIT)
             timeline.mark("sandbox ended")
             log.info("timeline of %s %s", task.id, timeline.current())
         # Last: once a second Delete finds no task, containerd hangs up, also on the first.
         self.tasks.remove(task.id)
+
+    def _is_alone(self, task: Task) -> bool:
+        """Say whether the sandbox is there for this task only."""
+        return not (self.sandbox.kept or self.tasks.in_use_beside(task.id))
 
     async def _remove_container(self, task: Task) -> None:
         try:

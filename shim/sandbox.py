@@ -1,4 +1,4 @@
-"""The one sandbox of this process: opened for a container, watched while it runs, ended once.
+"""The one sandbox of this process: opened for a container or for a client, watched while it runs, ended once.
 
 It lives in a task of its own, which holds `open_sandbox` until it is told to end; so it outlives the request
 that made it, and leaving the block, in whatever way, is the clean-up. After its end another may be opened.
@@ -7,6 +7,7 @@ that made it, and leaving the block, in whatever way, is the clean-up. After its
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from shim import bundle
+from shim.tasks import KILLED_STATUS, Exited
 from vc import timeline
 from vc.config import Config
-from vc.errors import AlreadyExists, NotFound, VCError
+from vc.errors import AlreadyExists, NotFound, VCError, WrongState
 from vc.oci import spec as oci
 from vc.oci.mounts import shm_bytes, source_of
 from vc.resources import Size, container_size, pod_size
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 OpenSandbox = Callable[[SandboxSpec, Config], AbstractAsyncContextManager[Sandbox]]
 
 MAX_RESOLV_CONF = 64 << 10  # characters
+ORDERED_STATUS = 0  # of a sandbox that ended because it was told to
 OOM_INTERVAL = 0.1  # seconds between two events that the guest may tell
 
 
@@ -49,12 +52,15 @@ class PodSandbox:
         load_config: Callable[[str | None], Config],
     ) -> None:
         self.running: Sandbox | None = None
+        self.kept = False  # it stays without containers, until a client ends it
+        self.over = trio.Event()  # it has ended, or died; `exit` says how
+        self.exit: Exited | None = None
+        self.namespace = namespace
+        self.load_config = load_config
         self._nursery = nursery
         self._exits = exits
         self._tasks = tasks
-        self._namespace = namespace
         self._open_sandbox = open_sandbox
-        self._load_config = load_config
         self._id = ""  # containerd's; the sandbox's own begins with the namespace
         self._run_dir = ""
         self._end = trio.Event()
@@ -92,21 +98,37 @@ class PodSandbox:
                 bundle.write_file(request.bundle, bundle.RUN_DIR, self._run_dir)
                 return running
             await self._ended.wait()  # that of members who have left
-        if not self._ended.is_set():
+        if self.kept or not self._ended.is_set():
             raise AlreadyExists(f"this shim runs sandbox {self._id!r}, so {request.id!r} cannot be another")
-        config = self._load_config(request.config_path)
+        config = self.load_config(request.config_path)
         timeline.mark("configuration read")
-        wanted = sandbox_spec(f"{self._namespace}--{identity.sandbox_id}", spec, config)
+        wanted = sandbox_spec(f"{self.namespace}--{identity.sandbox_id}", spec, config)
         # Before there is anything that a `delete` after our death would have to find.
         self._run_dir = str(config.runtime.run_dir)
         bundle.write_file(request.bundle, bundle.RUN_DIR, self._run_dir)
         self._id = identity.sandbox_id
+        return await self._open(wanted, config)
+
+    def keep(self, sandbox_id: str) -> None:
+        """Take this process for a sandbox that a client will open, and that stays without containers."""
+        self._id, self.kept = sandbox_id, True
+
+    async def open_kept(self, wanted: SandboxSpec, config: Config) -> Sandbox:
+        """Open what is to be kept. If that fails, it may be tried again. Raises: WrongState, VCError."""
+        async with self._opening:
+            if self.exit is not None or not self._ended.is_set():
+                raise WrongState(f"sandbox {self._id!r} was started already")
+            return await self._open(wanted, config)
+
+    async def _open(self, wanted: SandboxSpec, config: Config) -> Sandbox:
         self._end, self._ended = trio.Event(), trio.Event()
+        if self.exit is not None:
+            self.exit, self.over = None, trio.Event()
         sandbox: Sandbox = await self._nursery.start(self._run, wanted, config)
         return sandbox
 
     async def _run(self, spec: SandboxSpec, config: Config, *, task_status: trio.TaskStatus[Sandbox]) -> None:
-        """Hold the sandbox until it is to end. Not being able to open it fails the Create."""
+        """Hold the sandbox until it is to end. Not being able to open it fails the caller."""
         opened = False
         try:
             async with self._open_sandbox(spec, config) as sandbox, trio.open_nursery() as watchers:
@@ -126,6 +148,8 @@ class PodSandbox:
             self.running = None
             self._exits.sandbox_over(f"sandbox {spec.id} was ended")
             self._ended.set()
+            if opened:
+                self._note_over(ORDERED_STATUS)
 
     async def _watch_vm(self, sandbox: Sandbox) -> None:
         gone = await sandbox.wait_gone()
@@ -133,6 +157,13 @@ class PodSandbox:
         if sandbox.host_out_of_memory:
             self._exits.host_memory_ran_out()
         self._exits.sandbox_over(str(gone))
+        self._note_over(KILLED_STATUS)
+
+    def _note_over(self, status: int) -> None:
+        """Say that it is over. The first word stays."""
+        if self.exit is None:
+            self.exit = Exited(status, time.time())
+            self.over.set()
 
     async def _watch_memory(self, sandbox: Sandbox) -> None:
         while True:
@@ -159,8 +190,17 @@ class PodSandbox:
     async def end(self, limit: float) -> None:
         """End the VM and all that belongs to it; wait at most `limit` seconds, also when cancelled."""
         self._end.set()
+        if self._ended.is_set():
+            self._note_over(ORDERED_STATUS)  # it never ran, but somebody may wait for it
         with trio.move_on_after(limit, shield=True):
             await self._ended.wait()
+
+
+def identity_of(request: CreateRequest, spec: Mapping[str, Any]) -> oci.Identity:
+    """Return to which sandbox a container belongs: its bundle or its annotations say so. Raises: VCError."""
+    identity = oci.identify(oci.read_annotations(spec), request.id)
+    joined = bundle.read_file(request.bundle, bundle.JOINED)
+    return oci.Identity(oci.Role.CONTAINER, joined) if joined else identity
 
 
 def sandbox_spec(sandbox_id: str, spec: Mapping[str, Any], config: Config) -> SandboxSpec:

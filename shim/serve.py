@@ -21,7 +21,7 @@ from pathlib import Path
 
 import trio
 
-from protos.containerd import task_v2_pb2, task_v3_pb2
+from protos.containerd import sandbox_pb2, task_v2_pb2, task_v3_pb2
 from shim import address, errors, logs, report
 from shim.announce import Announcer
 from shim.args import Args
@@ -30,6 +30,7 @@ from shim.events import Publisher
 from shim.metrics import host_is_unified
 from shim.pod import Pod
 from shim.sandbox import OpenSandbox
+from shim.sandbox_service import SandboxService
 from shim.service import TaskService
 from ttrpc.server import PeerCredentials, Server, peer_credentials
 from vc import timeline
@@ -53,12 +54,14 @@ def main(
     bundle: str,
     listener: int,
     events: str,
+    given: bytes,
     notes: Sequence[str],
     began: float | None = None,
 ) -> int:
     """Serve until the end. Descriptor 2 is containerd's log by now; `path` is the listening socket's.
 
     `bundle` is the directory in which `start` was run: containerd's for the task that we are there for.
+    `given` is what containerd wrote to `start`.
     `began` is what the monotonic clock said when this program was started.
     """
     timeline.begin(timeline.Timeline(began))
@@ -69,7 +72,7 @@ def main(
     for note in notes:
         log.warning("%s", note)
     try:
-        trio.run(serve, args, path, bundle, listener, events)
+        trio.run(serve, args, path, bundle, listener, events, given)
     except BaseException:
         log.exception("the shim of %s ends by an error", args.id)
         return 1
@@ -78,13 +81,14 @@ def main(
     return 0
 
 
-async def serve(args: Args, path: str, bundle: str, listener: int, events: str) -> None:
+async def serve(args: Args, path: str, bundle: str, listener: int, events: str, given: bytes) -> None:
     """Serve on an inherited listening socket, whose path is `path`."""
     sock = trio.socket.from_stdlib_socket(socket.socket(fileno=listener))
     await run(
         trio.SocketListener(sock),
         namespace=args.namespace,
         publisher=Publisher(events, args.namespace),
+        given=given,
         is_wanted=lambda: Path(bundle).is_dir(),
         leaving=lambda: address.remove(path),
     )
@@ -96,12 +100,14 @@ async def run(
     namespace: str,
     publisher: Publisher,
     leaving: Callable[[], None],
+    given: bytes = b"",
     is_wanted: Callable[[], bool] = lambda: True,
     open_sandbox: OpenSandbox = open_sandbox,
     load_config: Callable[[str | None], Config] = load,
 ) -> None:
     """Serve on `listener`; `leaving` is called as soon as nobody shall find us any more.
 
+    `given` is what containerd wrote to `start`, among it the options of a sandbox without a container.
     `is_wanted` says whether containerd still has a place for the task that we were started for.
     """
     stop = trio.Event()
@@ -116,13 +122,8 @@ async def run(
                 load_config=load_config,
             )
             logs.follow(lambda: [f"{task.bundle}/{LOG_FIFO}" for task in pod.tasks])
-            service = TaskService(pod, unified_cgroups=host_is_unified(), stop=stop.set)
-            server = Server(status_of=errors.status_of)
-            for module in (task_v2_pb2, task_v3_pb2):
-                server.add_service(module.DESCRIPTOR.services_by_name["Task"], service)
-            connections = Connections(
-                server, lambda: bool(len(pod.tasks)) or pod.tasks.creating, is_wanted=is_wanted
-            )
+            server = _server(pod, given, stop)
+            connections = Connections(server, lambda: pod.in_use, is_wanted=is_wanted)
             await nursery.start(trio.serve_listeners, connections.serve, [listener])
             nursery.start_soon(connections.watch_idle, stop)
             # To the very end: `delete` asks us to end while the last events may still be on their way, and a
@@ -136,6 +137,18 @@ async def run(
         with trio.CancelScope(shield=True):  # bounded by drain
             await publisher.drain(EVENTS_LIMIT)
         outer.cancel_scope.cancel()
+
+
+def _server(pod: Pod, given: bytes, stop: trio.Event) -> Server:
+    """Return the RPC server with all services of a shim."""
+    unified = host_is_unified()
+    tasks = TaskService(pod, unified_cgroups=unified, stop=stop.set)
+    sandboxes = SandboxService(pod, given=given, unified_cgroups=unified, stop=stop.set)
+    server = Server(status_of=errors.status_of)
+    for module in (task_v2_pb2, task_v3_pb2):
+        server.add_service(module.DESCRIPTOR.services_by_name["Task"], tasks)
+    server.add_service(sandbox_pb2.DESCRIPTOR.services_by_name["Sandbox"], sandboxes)
+    return server
 
 
 class Connections:

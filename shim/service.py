@@ -19,6 +19,7 @@ from protos.containerd import task_v2_pb2 as api
 from protos.containerd.runc_options_pb2 import ProcessDetails
 from shim import metrics, options
 from shim.announce import timestamp
+from shim.bundle import bundle_dir
 from shim.pod import Pod
 from shim.tasks import CreateRequest, Exited, ProcessRecord, State, Stdio, Task
 from ttrpc.server import Context
@@ -66,7 +67,7 @@ class TaskService:
             raise Unsupported("restoring from a checkpoint is not supported")
         wanted = CreateRequest(
             id=check_id(request.id, "task id"),
-            bundle=_bundle(request.bundle),
+            bundle=bundle_dir(request.bundle),
             stdio=_stdio(request),
             rootfs=tuple(Mount(m.type, m.source, m.target, tuple(m.options)) for m in request.rootfs),
             config_path=options.config_path(request.options),
@@ -176,8 +177,8 @@ class TaskService:
         return api.ConnectResponse(shim_pid=os.getpid(), task_pid=pid)
 
     async def shutdown(self, request: api.ShutdownRequest, context: Context) -> None:
-        """End this process if it has no task left. Answer first: a closed connection looks like a crash."""
-        if not len(self._pod.tasks) and not self._pod.tasks.creating:
+        """End this process if it is there for nothing. Answer first: hanging up looks like a crash."""
+        if not self._pod.in_use:
             context.after_reply(self._stop)
         await trio.lowlevel.checkpoint()
 
@@ -190,14 +191,6 @@ def _status(state: State) -> Any:
 def _ended(record: ProcessRecord) -> Exited:
     assert record.exit is not None
     return record.exit
-
-
-def _bundle(path: str) -> str:
-    if not path.startswith("/"):
-        raise InvalidArgument(f"bundle {path!r} is no absolute path")
-    if not os.path.isdir(path):  # noqa: PTH112 - it stays a string: containerd gets it back as it was
-        raise InvalidArgument(f"bundle {path!r} is no directory")
-    return path
 
 
 def _stdio(request: api.CreateTaskRequest | api.ExecProcessRequest) -> Stdio:

@@ -8,7 +8,7 @@ Undo is in reverse order: whatever fails, no process, no socket and no file of o
 """
 
 # pathlib costs 9 ms
-# ruff: noqa: PTH109
+# ruff: noqa: PTH109, PTH119, PTH120
 
 import os
 import stat
@@ -19,17 +19,22 @@ from shim.args import Args
 
 BEGAN = time.monotonic()  # of everything that is told about the duration of a start
 SIGKILL = 9  # signal(7); the module signal costs 3 ms for its enums
+# containerd 2.x: the plugin's id names the directory of its bundles, <state>/<plugin>/<namespace>/<id>.
+SANDBOX_CONTROLLER = "io.containerd.sandbox.controller.v1.shim"
 OOM_SCORE_MIN, OOM_SCORE_MAX = -1000, 1000  # linux/oom.h
 
 
 def start(args: Args) -> str:
-    """Return the address of the pod's server, started if need be. The fork never returns from here.
+    """Return what containerd is to read: where the pod's server is, which is started if need be.
+
+    The fork never returns from here.
 
     Raises:
         OSError, AddressError, BundleError, StartError: there is no server; the text says why.
     """
     directory = os.getcwd()
-    given = bootstrap.parse_untrusted(_read_stdin(), task_id=args.id, namespace=args.namespace)
+    stdin = _read_stdin()
+    given = bootstrap.parse_untrusted(stdin, task_id=args.id, namespace=args.namespace)
     group = bundle.read_group(directory, args.id)
     path = args.socket or address.socket_path(
         args.address, args.namespace, group.sandbox_id, given.socket_dir.removeprefix("unix://")
@@ -42,7 +47,21 @@ def start(args: Args) -> str:
             )
         return address.write_address(directory, path)
     args.debug = args.debug or given.debug
-    return _start_server(args, directory, path, os.environ.get("TTRPC_ADDRESS", "") or given.ttrpc_address)
+    events = os.environ.get("TTRPC_ADDRESS", "") or given.ttrpc_address
+    return described(directory, _start_server(args, directory, path, events, stdin))
+
+
+def described(directory: str, text: str) -> str:
+    """Return an address in the form that the bundle's owner takes.
+
+    A plain one stands for version 2: there is no telling 1.7 from 2.x, and all take that. The bundle of a
+    sandbox that a client makes lies where only 2.x puts it. There, version 3 lets containers join without a
+    `start`, by the sandbox's id alone: with version 2 each would have to say in its annotations where it
+    belongs, as those of the CRI plugin do.
+    """
+    if os.path.basename(os.path.dirname(os.path.dirname(directory))) != SANDBOX_CONTROLLER:
+        return text
+    return f'{{"version":3,"address":"{text}","protocol":"ttrpc"}}'
 
 
 class StartError(Exception):
@@ -60,7 +79,7 @@ def _read_stdin() -> bytes:
         return b""
 
 
-def _start_server(args: Args, directory: str, path: str, ttrpc_address: str) -> str:
+def _start_server(args: Args, directory: str, path: str, ttrpc_address: str, stdin: bytes) -> str:
     sock = address.listen(path)
     if sock is None:
         return address.write_address(directory, path)
@@ -69,7 +88,7 @@ def _start_server(args: Args, directory: str, path: str, ttrpc_address: str) -> 
     try:
         pid = os.fork()
         if pid == 0:
-            _become_server(args, directory, path, sock.detach(), containerd, ttrpc_address)
+            _become_server(args, directory, path, sock.detach(), containerd, ttrpc_address, stdin)
         bundle.write_file(directory, bundle.SHIM_PID, str(pid))
         return address.write_address(directory, path)
     except BaseException:
@@ -83,7 +102,13 @@ def _start_server(args: Args, directory: str, path: str, ttrpc_address: str) -> 
 
 
 def _become_server(
-    args: Args, directory: str, path: str, listener: int, containerd: int, ttrpc_address: str
+    args: Args,
+    directory: str,
+    path: str,
+    listener: int,
+    containerd: int,
+    ttrpc_address: str,
+    stdin: bytes,
 ) -> None:
     """Cut every tie to `start` and serve; ends the process, so that nothing of `start` is run by both."""
     status = 1
@@ -105,6 +130,7 @@ def _become_server(
             bundle=directory,
             listener=listener,
             events=ttrpc_address,
+            given=stdin,
             notes=notes,
             began=BEGAN,
         )

@@ -14,12 +14,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import grpc  # type: ignore[import-untyped]
 import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
 
+from protos.containerd.cri_sandbox_pb2 import PodSandboxConfig
+from protos.containerd.runtimeoptions_pb2 import Options
 from tests.e2e.conftest import MakeContainerd, NoLeaks
 
 # Collected again under this file's name, and with its `containerd`, `events` and `shared`.
 from tests.e2e.test_e2e_crashes import (  # noqa: F401
+    forget_fifos,
+    shim_of,
     test_a_shim_that_is_killed_takes_everything_with_it,
     test_an_exit_while_the_daemon_is_away_is_known_afterwards,
     test_containers_outlive_the_daemon,
@@ -56,12 +62,15 @@ from tests.e2e.test_e2e_tasks import (  # noqa: F401
     test_pids_are_those_of_live_processes_of_the_host,
     ticking,
 )
+from tests.harness import leaks, sandboxes
 from tests.harness.containerd import Containerd, HarnessError
 from tests.harness.events import Recorder
 from tests.harness.leaks import shim_socket
 from tests.harness.prelude import Prelude
+from tests.harness.processes import kill
 from tests.harness.relay import Relay
 from tests.harness.runtimes import Runtime, Start, build, set_factory
+from tests.harness.sandboxes import Sandbox
 from tests.skips import NotToBeHad
 
 
@@ -245,3 +254,113 @@ def test_version_3_of_the_task_service_is_spoken_to_a_daemon_that_asks_for_it(
     assert daemon.delete_task(container, "--force") == 137
     daemon.ctr("container", "rm", container)
     assert set(relay.calls) == {"containerd.task.v3.Task"}
+
+
+# Sandboxes that a client makes before there is a container. runc's shim has none to compare with.
+
+READY, NOT_READY = "SANDBOX_READY", "SANDBOX_NOTREADY"
+SLEEP = ("sh", "-c", "trap 'exit 143' TERM; while :; do sleep 1000 & wait $!; done")
+
+
+@pytest.fixture
+def sandbox(containerd: Containerd, vm_runtime: Runtime, no_leaks: NoLeaks) -> Iterator[Sandbox]:
+    with no_leaks(), sandboxes.sandbox(containerd) as made:
+        yield made
+
+
+def start_in(sandbox: Sandbox) -> str:
+    """Start a container in the sandbox, which the caller removes."""
+    daemon, container = sandbox.containerd, sandbox.containerd.new_id("in")
+    flags = ["--detach", "--sandbox", sandbox.id]
+    daemon.ctr(*daemon.run_arguments(*SLEEP, container=container, flags=flags))
+    return container
+
+
+def pod_config(hostname: str) -> AnyMessage:
+    config = PodSandboxConfig(hostname=hostname)
+    config.dns_config.servers.append("192.0.2.53")
+    return AnyMessage(type_url="runtime.v1.PodSandboxConfig", value=config.SerializeToString())
+
+
+def machine_of(daemon: Containerd, container: str) -> bytes:
+    return daemon.exec(container, "cat", "/proc/sys/kernel/random/boot_id").stdout
+
+
+def test_a_sandbox_of_the_client_is_there_before_and_after_its_containers(
+    containerd: Containerd,
+    events: Recorder,
+    sandbox: Sandbox,
+) -> None:
+    sandbox.create(pod=pod_config("pod-7"))
+    assert sandbox.ask("Status").state == NOT_READY
+    assert containerd.runtime.run_dir is not None
+    assert not list(containerd.runtime.run_dir.glob("vm/*")), "it is prepared, and nothing runs yet"
+    sandbox.ask("Start")
+    status = sandbox.ask("Status")
+    assert (status.state, Path(f"/proc/{status.pid}/exe").readlink().name) == (READY, "qemu-system-x86_64")
+
+    # Containers come and go by the id of the sandbox alone.
+    first = sandbox.run("cat", "/proc/sys/kernel/random/boot_id", "/proc/sys/kernel/hostname")
+    machine, name = first.stdout.splitlines()
+    assert name == b"pod-7"
+    second, third = start_in(sandbox), start_in(sandbox)
+    try:
+        assert machine_of(containerd, second) == machine + b"\n"
+        assert containerd.task_pid(third) == status.pid
+        containerd.ctr("task", "kill", "--signal", "SIGTERM", second)
+        events.wait_for(second, "exit", process=second)
+        assert containerd.delete_task(second) == 143
+        assert sandbox.ask("Status").state == READY
+        if sandbox.has_sandboxers:
+            metrics = sandbox.ask("Metrics").metrics
+            assert (metrics.id, metrics.data.value != b"") == (sandbox.id, True)
+        assert leaks.forgotten(containerd) == [], "what a sandbox holds is its own"
+
+        # Its end is that of everything in it, and everybody is told.
+        over = sandbox.begin("Wait")
+        sandbox.ask("Stop")
+        ended = sandbox.answer(over)
+        assert ended is None or ended.exit_status == 0
+        assert sandbox.ask("Status").state == NOT_READY
+        assert not list(containerd.runtime.run_dir.glob("vm/*"))
+        assert containerd.task_status(third) == "STOPPED"
+        assert containerd.delete_task(third) == 137
+        events.wait_for(third, "delete")
+        assert events.topics(third) == ["create", "start", "exit", "delete"]
+    finally:
+        containerd.remove(second)
+        containerd.remove(third)
+
+
+@pytest.mark.usefixtures("vm_runtime")
+def test_a_sandbox_outlives_the_daemon_and_a_shim_that_is_killed_takes_all_of_it_along(
+    make_containerd: MakeContainerd,
+) -> None:
+    with make_containerd() as daemon:
+        before = leaks.snapshot(daemon)
+        with sandboxes.sandbox(daemon) as sandbox:
+            sandbox.create()
+            sandbox.ask("Start")
+            container = start_in(sandbox)
+            machine = machine_of(daemon, container)
+            daemon.stop_daemon(kill=True)
+            daemon.start_daemon()
+            assert machine_of(daemon, container) == machine
+            assert sandbox.ask("Status").state == READY
+            assert sandbox.run("cat", "/proc/sys/kernel/random/boot_id").stdout == machine
+            kill(shim_of(daemon, sandbox.id))
+            daemon.remove(container)
+            forget_fifos(daemon)
+        left = leaks.left_over(daemon, before)
+        assert not left, "left behind:\n" + "\n".join(left)
+
+
+def test_a_sandbox_whose_configuration_is_missing_is_refused_in_words(
+    containerd: Containerd,
+    sandbox: Sandbox,
+) -> None:
+    missing = containerd.directory / "no-such.toml"
+    options = AnyMessage(type_url="runtimeoptions.v1.Options")
+    options.value = Options(config_path=str(missing)).SerializeToString()
+    with pytest.raises(grpc.RpcError, match=str(missing)):
+        sandbox.create(options=options)

@@ -17,6 +17,7 @@ from vc import leaks
 SETTLE = 15.0  # seconds in which a finished container's shim must have ended
 INTERVAL = 0.05
 SHIM_SOCKETS = Path("/run/containerd/s")  # where a shim binds (containerd: defaults.DefaultStateDir)
+BUNDLES = ("io.containerd.runtime.v2.task", "io.containerd.sandbox.controller.v1.shim")
 SHARED_DIRECTORIES = [
     Path("/run/netns"),
     Path("/run/vc/sbs"),
@@ -103,10 +104,12 @@ def _sockets(containerd: Containerd) -> Iterator[str]:
 
 def _directories(containerd: Containerd) -> Iterator[str]:
     namespace = containerd.namespace
-    task = "io.containerd.runtime.v2.task"
     mine = [
-        containerd.directory / "state" / task / namespace,
-        containerd.directory / "root" / task / namespace,
+        *(
+            containerd.directory / place / plugin / namespace
+            for plugin in BUNDLES
+            for place in ("state", "root")
+        ),
         containerd.directory / "fifo",
         containerd.directory / "tmp",
     ]

@@ -215,7 +215,7 @@ def main() -> None:
     words.id, words.namespace = "c1", "ns"
     path, events = str(directory / "shim"), str(directory / "events")
     clock = trio.testing.MockClock(rate=rate)
-    trio.run(serve.serve, words, path, str(directory), descriptor, events, clock=clock)
+    trio.run(serve.serve, words, path, str(directory), descriptor, events, b"", clock=clock)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ LOG_FIFO = "log"  # containerd's, which it reads as long as the task is there
 SHIM_PID = "shim.pid"  # the serving process
 INIT_PID = "init.pid"  # the task's pid as containerd knows it
 RUN_DIR = "run-dir"  # where the sandbox's record is; written before there is one
+EXIT = "exit"  # how the init process ended, for a `delete` after our own death: status and time
 # containerd's (1.7 on): which sandbox the task joined, if it did so by no `start` of ours (Sandbox API).
 JOINED = "sandbox"
 
@@ -153,3 +154,16 @@ def write_file(bundle: str, name: str, text: str) -> None:
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
     os.replace(temporary, f"{bundle}/{name}")
+
+
+def write_exit(bundle: str, status: int, at: float) -> None:
+    """Note how a task's init process ended; `at` is in seconds since the epoch. Raises: OSError."""
+    write_file(bundle, EXIT, f"{status} {at:.9f}")
+
+
+def read_exit(bundle: str) -> "tuple[int, float] | None":
+    """Return what `write_exit` noted, None if nothing."""
+    status, _, at = read_file(bundle, EXIT).partition(" ")
+    if not (status.isdecimal() and at.replace(".", "", 1).isdecimal()):
+        return None
+    return int(status), float(at)

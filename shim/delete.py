@@ -17,7 +17,7 @@ from shim.args import Args
 
 SERVER_GRACE = 3.0  # seconds for an orderly end, its last events included; containerd kills us after 5
 KILL_WAIT = 0.5  # seconds until a killed process is gone
-KILLED_STATUS = 137  # 128 + SIGKILL: what containerd is told of a task whose shim has died
+KILLED_STATUS = 137  # 128 + SIGKILL: what containerd is told of a task that ran when its shim died
 
 
 def main(args: Args) -> int:
@@ -30,7 +30,9 @@ def main(args: Args) -> int:
         _clean_sandbox(directory, f"{args.namespace}--{sandbox}")
         _remove_socket(directory)
     _unmount(f"{directory}/rootfs")
-    os.write(1, _answer(pid))
+    # Now nobody writes it any more.
+    status, at = bundle.read_exit(directory) or (KILLED_STATUS, time.time())
+    os.write(1, _answer(pid, status, at))
     return 0
 
 
@@ -123,14 +125,15 @@ def _is_mounted(path: str) -> bool:
         return f" {path} ".encode(errors="surrogateescape") in file.read()
 
 
-def _answer(pid: int) -> bytes:
+def _answer(pid: int, status: int, at: float) -> bytes:
     """Return a DeleteResponse: protobuf would cost as much time as all the rest.
 
-    Source of the field numbers: task.proto, DeleteResponse, and google/protobuf/timestamp.proto.
+    `at` is in seconds since the epoch. Source of the field numbers: task.proto, DeleteResponse, and
+    google/protobuf/timestamp.proto.
     """
-    seconds, nanos = divmod(time.time_ns(), 10**9)
+    seconds, nanos = divmod(round(at * 1e9), 10**9)
     exited_at = _field(1, seconds) + _field(2, nanos)
-    return _field(1, pid) + _field(2, KILLED_STATUS) + b"\x1a" + _varint(len(exited_at)) + exited_at
+    return _field(1, pid) + _field(2, status) + b"\x1a" + _varint(len(exited_at)) + exited_at
 
 
 def _field(number: int, value: int) -> bytes:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from shim.tasks import KILLED_STATUS, ProcessRecord, State, Task, Tasks
+from shim import bundle
+from shim.tasks import KILLED_STATUS, Exited, ProcessRecord, State, Task, Tasks
 from vc import timeline
 from vc.errors import VCError
 from vc.process import Exit
@@ -108,6 +109,8 @@ class Exits:
         """Make an exit visible, wake the waiters, then announce it."""
         if record.end(ended.status, ended.at):
             assert record.exit is not None
+            if not record.exec_id:
+                _note(task, record.exit)
             self._announcer.exited(record, record.exit)
 
     async def _end_execs(self, task: Task) -> None:
@@ -169,6 +172,14 @@ class Exits:
                 await task.container.signal_all(SIGKILL)
             except VCError as exc:
                 log.debug("%s cannot be killed with its pod: %s", task.init.name, exc)
+
+
+def _note(task: Task, ended: Exited) -> None:
+    """Leave an exit where `delete` finds it: containerd is told by that alone if we die before our Delete."""
+    try:
+        bundle.write_exit(task.bundle, ended.status, ended.at)
+    except OSError as exc:
+        log.debug("the exit of %s is known to this process alone: %s", task.init.name, exc)
 
 
 def _memory_counters(task: Task) -> Mapping[str, int]:

@@ -2,8 +2,9 @@
 
     time="2006-01-02T15:04:05.000000000Z" level=info msg="text" key=value key2="quoted value"
 
-The reader is containerd. While it is stopped nobody reads, and a slow one leaves the pipe full: a line that
-does not go out at once is dropped, since no pod may wait for its log.
+The reader is containerd. While it is stopped nobody reads, and a slow one leaves the pipe full. No pod may
+wait for its log, so a line that does not go out at once is dropped, but for the last warnings and errors,
+which may tell why a pod has ended: they are kept until somebody reads again.
 
 containerd reads one fifo for each task. With the task for which the shim was started it leaves that fifo,
 though other tasks may live on in the shim; then the log goes on in theirs.
@@ -15,9 +16,12 @@ import logging
 import os
 import stat
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 
 MAX_LINE = 4096  # bytes: linux/limits.h PIPE_BUF, up to which a line reaches the pipe whole or not at all
+KEPT_LINES = 64  # a quarter of a MiB at most
 LEVELS = {"WARNING": "warning", "ERROR": "error", "CRITICAL": "fatal", "INFO": "info", "DEBUG": "debug"}
 # logrus, TextFormatter.needsQuoting
 BARE = frozenset(
@@ -73,28 +77,44 @@ class FifoHandler(logging.Handler):
         self._descriptor = descriptor
         self._fields = fields
         self.fifos: Callable[[], Iterable[str]] = tuple  # where a reader may be if this one has left
+        self._kept: deque[bytes] = deque(maxlen=KEPT_LINES)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record, or drop it."""
+        """Write one record, or keep or drop it."""
         try:
             message = record.getMessage()
             if record.exc_info:
                 formatted = logging.Formatter().formatException(record.exc_info)
                 message = f"{message}\n{formatted[-3000:]}"  # the end of a traceback says most
             level = LEVELS.get(record.levelname, "info")
-            self._write(format_line(level, message, self._fields, at=record.created))
-        except OSError:
-            pass  # nobody reads (EPIPE), or not fast enough (EAGAIN)
+            line = format_line(level, message, self._fields, at=record.created)
         except Exception:
             self.handleError(record)
+            return
+        if not (self._write_kept() and self._write(line)) and record.levelno >= logging.WARNING:
+            self._kept.append(line)
 
-    def _write(self, line: bytes) -> None:
+    def flush(self) -> None:
+        """Write what was kept, if somebody reads again."""
+        with self.lock or nullcontext():
+            self._write_kept()
+
+    def _write_kept(self) -> bool:
+        while self._kept and self._write(self._kept[0]):
+            self._kept.popleft()
+        return not self._kept
+
+    def _write(self, line: bytes) -> bool:
         try:
-            os.write(self._descriptor, line)
-        except BrokenPipeError:
-            if not any(self._move(path) for path in self.fifos()):
-                raise
-            os.write(self._descriptor, line)
+            try:
+                os.write(self._descriptor, line)
+            except BrokenPipeError:
+                if not any(self._move(path) for path in self.fifos()):
+                    raise
+                os.write(self._descriptor, line)
+        except OSError:
+            return False  # nobody reads (EPIPE), or not fast enough (EAGAIN)
+        return True
 
     def _move(self, path: str) -> bool:
         """Write to another fifo from now on, if somebody reads it."""
@@ -125,3 +145,9 @@ def follow(fifos: Callable[[], Iterable[str]]) -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, FifoHandler):
             handler.fifos = fifos
+
+
+def flush() -> None:
+    """Write what nobody read, now that there may be a reader."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()

@@ -138,6 +138,7 @@ class PodSandbox:
                 watchers.start_soon(self._watch_memory, sandbox)
                 task_status.started(sandbox)
                 await self._end.wait()
+                log.debug("sandbox %s is to end", spec.id)
                 self.running = None  # from here on nothing new is created in it
                 watchers.cancel_scope.cancel()
         except Exception:

@@ -130,7 +130,7 @@ class VM:
         A guest that is only cut off from us must not go on writing to what it shares with the host.
         """
         if self.gone is None:
-            self.cause = f"{cause}; {console_tail(self.machine)}" if self.machine.console.lines() else cause
+            self.cause = with_console(cause, self.machine)
             self.gone = GuestGone(f"VM {self.vmid} is gone: {self.cause}")
             self._gone.set()
             self.booting.cancel()
@@ -157,6 +157,11 @@ class VM:
         with trio.move_on_after(BLAME_GRACE):
             await self._gone.wait()
         self.die(cause)
+
+
+def with_console(cause: str, machine: Machine) -> str:
+    """Add to a cause what the guest printed last, if it printed anything."""
+    return f"{cause}; {console_tail(machine)}" if machine.console.lines() else cause
 
 
 def console_tail(machine: Machine) -> str:
@@ -299,7 +304,8 @@ async def _boot_error(
     kind = beginning.failure
     if vm.gone is not None and share is not None and share.failed:
         kind = HypervisorError
-        why = f"after {elapsed:.1f} s: {await share.wait_dead()}"  # a QEMU without its virtiofsd ends as well
+        # A QEMU without its virtiofsd ends as well.
+        why = f"after {elapsed:.1f} s: {with_console(await share.wait_dead(), vm.machine)}"
         advice = "check virtio_fs_daemon in the configuration"
     elif vm.gone is not None:
         why = f"after {elapsed:.1f} s: {vm.cause}"

@@ -24,6 +24,11 @@ pytestmark = pytest.mark.usefixtures("vm_runtime", "vm_any")
 READY = ("sh", "-c", "echo ready; sleep 1000")
 # What a container needs to reach its kernel's switches; where its file systems are read-only nevertheless.
 PRIVILEGED = "mount -o remount,rw /proc 2>/dev/null; mount -o remount,rw /sys 2>/dev/null; echo ready; "
+PANIC = f"{PRIVILEGED} echo c >/proc/sysrq-trigger"
+# Takes away the device by which the agent is reached: the guest goes on, and QEMU has nothing to complain of.
+CUT_OFF = (
+    PRIVILEGED + "cd /sys/bus/virtio/drivers/virtio_console && for d in virtio*; do echo $d >unbind; done"
+)
 HEALTH = 'health_check_interval = 0.5\nhealth_check_timeout = 2\nrun_dir = "'
 
 
@@ -133,10 +138,7 @@ def test_a_kernel_panic_ends_the_container_and_its_message_is_logged(
 def test_an_agent_that_is_cut_off_is_noticed_and_its_vm_killed(
     containerd: Containerd, events: Recorder, fault: Fault
 ) -> None:
-    """The guest goes on without the device that its agent is reached by: QEMU has nothing to complain of."""
     offset = containerd.log_size()
-    driver = "/sys/bus/virtio/drivers/virtio_console"
-    cut = PRIVILEGED + f"cd {driver} && for d in virtio*; do echo $d >unbind; done; sleep 1000"
     with (
         configured(containerd, 'run_dir = "', HEALTH),
         fault.cleaned(),
@@ -144,7 +146,9 @@ def test_an_agent_that_is_cut_off_is_noticed_and_its_vm_killed(
     ):
         # Not by the container's own process, whose first line might be cut off as well.
         fault.strikes()
-        process = containerd.popen(*containerd.exec_arguments(container, "sh", "-c", cut))
+        process = containerd.popen(
+            *containerd.exec_arguments(container, "sh", "-c", f"{CUT_OFF}; sleep 1000")
+        )
         for waiting in (process, client):
             waiting.communicate(timeout=TIMEOUT)
             assert waiting.returncode == 137
@@ -297,13 +301,13 @@ def test_a_run_dir_without_room_is_a_clear_error_and_nothing_is_left(
 
 
 # Root of the guest, by the kernel: the program that takes core dumps runs outside of all containers.
-# It overwrites the agent's stacks and heap, for the agent is process 1, which no signal kills.
-KILLER = """\
+# It overwrites the code that the agent runs, for the agent is process 1, which no signal kills.
+KILLER = b"""\
 #!/bin/busybox sh
 exec 2>/dev/kmsg >&2
 echo killing the agent
-while read -r range rights rest; do
-    case $range:$rights in 7f*:rw-p)
+while read -r range rights offset device inode path; do
+    case $rights:$path in r-xp:*/libc.so*)
         at=$((0x${range%-*} / 4096)) size=$((0x${range#*-} / 4096 - at))
         dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$at count=$size conv=notrunc ;;
     esac
@@ -311,23 +315,28 @@ done </proc/1/maps
 """
 
 
+def agent_killer(container: str) -> tuple[str, ...]:
+    """Return the command by which a privileged container kills the agent. KILLER is its stdin."""
+    # Where the guest's own processes find the container's files.
+    program = f"/run/kata-containers/shared/containers/{container}/rootfs/killer"
+    return (
+        "sh",
+        "-c",
+        PRIVILEGED
+        + "cat >/killer; chmod 755 /killer; "
+        + f"echo '|{program}' >/proc/sys/kernel/core_pattern; "
+        + "sh -c 'kill -SEGV $$'; sleep 1000",
+    )
+
+
 def test_an_agent_that_dies_takes_its_guest_along_and_its_kernels_last_words_are_logged(
     containerd: Containerd, events: Recorder, fault: Fault
 ) -> None:
     offset = containerd.log_size()
-    # Where the guest's own processes find the container's files.
-    share = "/run/kata-containers/shared/containers"
-    script = (
-        PRIVILEGED
-        + "cat >/killer; chmod 755 /killer; "
-        + f"echo '|{share}/'$0/rootfs/killer >/proc/sys/kernel/core_pattern; "
-        + "sh -c 'kill -SEGV $$'; sleep 1000"
-    )
     with fault.cleaned(), client_of(containerd, *READY, flags=("--privileged",)) as (container, client):
         fault.strikes()
-        arguments = containerd.exec_arguments(container, "sh", "-c", script, container)
-        killing = containerd.popen(*arguments, stdin=subprocess.PIPE)
-        killing.communicate(KILLER.encode(), timeout=TIMEOUT)
+        killing = containerd.exec(container, *agent_killer(container), stdin=KILLER)
+        assert killing.exit_status == 137, killing
         client.communicate(timeout=TIMEOUT)
         assert client.returncode == 137
     history = events.wait_for(container, "delete")

@@ -21,6 +21,7 @@ from tests.harness.runtimes import Start, set_factory
 pytestmark = pytest.mark.usefixtures("vm_runtime")
 
 MIB = 1 << 20
+LITTLE_MEMORY = 32 * MIB  # for a VMM
 # Takes more of the guest's memory than the host gives; the guest itself has enough.
 GREEDY = ("dd", "if=/dev/zero", "of=/dev/null", "bs=300M", "count=1")
 
@@ -43,7 +44,7 @@ def test_a_vm_that_the_hosts_oom_killer_kills_is_said_to_be_its_victim(
         pytest.skip(why)
     offset = containerd.log_size()
     with (
-        cgroups.limited("memory", 32 * MIB) as group,
+        cgroups.limited("memory", LITTLE_MEMORY) as group,
         fault.cleaned(),
         client_of(containerd, *READY) as (container, client),
     ):

@@ -10,7 +10,7 @@ import trio
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from protos.containerd import task_v2_pb2, task_v3_pb2
-from shim import serve
+from shim import bundle, serve
 from tests.shim.pods import (
     EXEC_SPEC,
     PID,
@@ -57,6 +57,17 @@ async def test_version_3_of_the_service_is_the_same_service(shim: Shim) -> None:
     await shim.create()
     state = await shim.call("State", table=TASK_V3, id="c1")
     assert (type(state), state.id) == (task_v3_pb2.StateResponse, "c1")
+
+
+async def test_an_exit_is_noted_for_a_delete_that_comes_after_our_death(shim: Shim) -> None:
+    container = await shim.run()
+    await shim.exec("e1")
+    container.execs["e1"].end(3)
+    await shim.call("Wait", id="c1", exec_id="e1")
+    assert bundle.read_exit(shim.bundle("c1")) is None
+    container.init.end(5)
+    at = (await shim.call("Wait", id="c1")).exited_at
+    assert bundle.read_exit(shim.bundle("c1")) == (5, pytest.approx(at.ToNanoseconds() / 1e9, abs=1e-5))
 
 
 async def test_exit_is_published_after_start_even_if_the_process_dies_at_once(shim: Shim) -> None:

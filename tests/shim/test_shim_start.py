@@ -195,6 +195,20 @@ def test_delete_after_a_crash_ends_what_is_left_and_answers_137(made: Bundle) ->
     assert not made.socket().exists()
 
 
+def test_delete_after_a_crash_tells_the_exit_that_was_there_before_it(made: Bundle) -> None:
+    """The shim of a task that had ended with 5 was killed, and it was announced to have ended with 137."""
+    bundle.write_exit(str(made.path), 5, 1136214245.5)
+    answer = task_v2_pb2.DeleteResponse.FromString(made.shim("delete", "-bundle", str(made.path)))
+    assert answer.exit_status == 5
+    assert answer.exited_at.ToNanoseconds() == 1136214245500000000
+
+
+@pytest.mark.parametrize("damaged", ["", "5", "-1 1.0", "5 1.0.0", "x 1", "5 now"])
+def test_a_note_of_an_exit_that_makes_no_sense_is_none(tmp_path: Path, damaged: str) -> None:
+    (tmp_path / bundle.EXIT).write_text(damaged)
+    assert bundle.read_exit(str(tmp_path)) is None
+
+
 def test_delete_removes_the_socket_of_a_killed_server(made: Bundle) -> None:
     made.shim("start", stdin=made.bootstrap())
     end(made.pid(), signal.SIGKILL)

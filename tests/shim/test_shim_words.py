@@ -90,6 +90,35 @@ def test_a_log_whose_reader_has_left_goes_on_where_there_is_another(tmp_path: Pa
     os.close(descriptor)
 
 
+def test_warnings_that_nobody_read_come_when_somebody_does_in_order_and_bounded(tmp_path: Path) -> None:
+    """containerd was restarted, and what a pod died of meanwhile was not to be found in any log."""
+    fifo = tmp_path / "log"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    handler = logs.FifoHandler(writer, {})
+
+    def log(level: int, text: str) -> None:
+        handler.handle(logging.LogRecord("x", level, __file__, 1, text, (), None))
+
+    os.close(reader)
+    for number in range(logs.KEPT_LINES + 1):
+        log(logging.ERROR, f"error {number}")
+        log(logging.INFO, "nothing")
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    log(logging.INFO, "again")
+    handler.flush()  # has nothing more to write
+    texts = re.findall(rb'msg="(.*?)"', os.read(reader, 65536))
+    assert texts == [b"error %d" % number for number in range(1, logs.KEPT_LINES + 1)] + [b"again"]
+    os.close(reader)
+    log(logging.WARNING, "unread")
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    handler.flush()
+    assert re.findall(rb'msg="(.*?)"', os.read(reader, 65536)) == [b"unread"]
+    for descriptor in (reader, writer):
+        os.close(descriptor)
+
+
 def test_a_traceback_is_one_line_of_the_log() -> None:
     reader, writer = log_pipe()
     try:

@@ -148,16 +148,16 @@ def _constrain_resources(resources: oci_pb2.LinuxResources, notes: list[str]) ->
 
 def _constrain_devices(linux: oci_pb2.Linux, notes: list[str]) -> None:
     """Keep the nodes that mean the same device in the guest; those of every container are made anyway."""
-    kept = []
+    kept, foreign = [], []
     for device in linux.Devices:
         if device.Path in DEFAULT_DEVICES:
             continue
         if device.Type == "p" or (device.Type in ("c", "u") and _is_static(device.Major, device.Minor)):
             kept.append(device)
         else:
-            notes.append(
-                f"device {device.Path} ({device.Type} {device.Major}:{device.Minor}) is the host's: left out"
-            )
+            foreign.append(f"{device.Path} ({device.Type} {device.Major}:{device.Minor})")
+    if foreign:  # one note: a privileged container names all that the host has
+        notes.append(f"{len(foreign)} device nodes are the host's and left out: {', '.join(foreign)}")
     del linux.Devices[:]
     linux.Devices.extend(kept)
 

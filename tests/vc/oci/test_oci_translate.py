@@ -199,8 +199,7 @@ def test_device_nodes_of_the_host_are_left_out_and_named() -> None:
     guest = translated(small(devices=devices))
     assert [device.Path for device in guest.spec.Linux.Devices] == ["/dev/net/tun"]
     assert [note for note in guest.notes if "/dev/" in note] == [
-        "device /dev/sda (b 8:0) is the host's: left out",
-        "device /dev/kvm (c 10:232) is the host's: left out",
+        "2 device nodes are the host's and left out: /dev/sda (b 8:0), /dev/kvm (c 10:232)",
     ]
 
 

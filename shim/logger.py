@@ -10,6 +10,8 @@ import fcntl
 import logging
 import os
 import signal
+import struct
+import termios
 
 import trio
 
@@ -21,18 +23,48 @@ log = logging.getLogger(__name__)
 
 STDOUT_FD, STDERR_FD, READY_FD = 3, 4, 5  # containerd, runtime v2 logging package
 ABOVE = 10  # our copies are above the numbers that the child's are put on
-# A full pipe may still be unread when the process is deleted, and a simple program dies of SIGTERM at once.
-# Less than `delete` gives the serving process, so that the signal is sent while that lives.
-END_GRACE = 1.5  # seconds
+# A full pipe may still be unread when the process is deleted, and a simple program dies of SIGTERM at once:
+# one that goes on reading is not sent it. Less than `delete` gives the serving process, so that the signal is
+# sent while that lives; who reads slowly lives on after that, and finds the end of its pipes.
+END_GRACE = 1.5  # seconds without anything being read
+READ_LIMIT = 60.0  # seconds for a program to read what is left
 TERM_GRACE = 12.0  # seconds, as in the reference shim
 KILL_WAIT = 2.0  # seconds
-NO_SIGNAL = 0  # kill(2): nothing is sent
+
+
+class LoggerPipe(PipeOutput):
+    """One output of a logging program. After `close` it can tell how much of it has not been read."""
+
+    _read = -1
+
+    def close(self) -> None:
+        """Close the write end. Until `release` a read end of ours stays, unnoticed by the program."""
+        if self._write >= 0:
+            try:
+                # Not earlier: with it, a program that ends would not break the pipe.
+                self._read = os.open(f"/proc/self/fd/{self._write}", os.O_RDONLY | os.O_NONBLOCK)
+            except OSError as exc:
+                log.debug("what a logging program has not read will not be known: %s", exc)
+        super().close()
+
+    def unread(self) -> int:
+        """Return how many bytes are in it, 0 if that is not known."""
+        if self._read < 0:
+            return 0
+        count: int = struct.unpack("i", fcntl.ioctl(self._read, termios.FIONREAD, bytes(4)))[0]
+        return count
+
+    def release(self) -> None:
+        """Close the read end."""
+        if self._read >= 0:
+            os.close(self._read)
+            self._read = -1
 
 
 class Logger:
     """A running logging program. `stdout` and `stderr` are what to write to."""
 
-    def __init__(self, target: Target, pid: int, stdout: PipeOutput, stderr: PipeOutput) -> None:
+    def __init__(self, target: Target, pid: int, stdout: LoggerPipe, stderr: LoggerPipe) -> None:
         self.stdout = stdout
         self.stderr = stderr
         self._path = target.path
@@ -46,18 +78,40 @@ class Logger:
         if self._handle < 0:
             return
         with trio.CancelScope(shield=True):  # each wait below is bounded
-            steps = ((NO_SIGNAL, END_GRACE), (signal.SIGTERM, TERM_GRACE), (signal.SIGKILL, KILL_WAIT))
+            ended = await self._wait_read()
+            steps = () if ended else ((signal.SIGTERM, TERM_GRACE), (signal.SIGKILL, KILL_WAIT))
             for number, limit in steps:
                 signal.pidfd_send_signal(self._handle, number)
-                with trio.move_on_after(limit):
-                    await trio.lowlevel.wait_readable(self._handle)
-                    os.waitid(os.P_PIDFD, self._handle, os.WEXITED)
+                if ended := await self._wait_ended(limit):
                     break
-            else:
+            if not ended:
                 log.error("logging program %s (pid %d) cannot be killed", self._path, self._pid)
+        self.stdout.release()
+        self.stderr.release()
         trio.lowlevel.notify_closing(self._handle)
         os.close(self._handle)
         self._handle = -1
+
+    async def _wait_read(self) -> bool:
+        """Wait as long as the program goes on reading; whether it ended."""
+        with trio.move_on_after(READ_LIMIT):
+            unread = self._unread()
+            while not await self._wait_ended(END_GRACE):
+                before, unread = unread, self._unread()
+                if unread == before:
+                    return False
+            return True
+        return False
+
+    def _unread(self) -> int:
+        return self.stdout.unread() + self.stderr.unread()
+
+    async def _wait_ended(self, limit: float) -> bool:
+        with trio.move_on_after(limit):
+            await trio.lowlevel.wait_readable(self._handle)
+            os.waitid(os.P_PIDFD, self._handle, os.WEXITED)
+            return True
+        return False
 
 
 async def open_logger(target: Target, *, container_id: str, namespace: str) -> Logger:
@@ -78,7 +132,7 @@ async def open_logger(target: Target, *, container_id: str, namespace: str) -> L
         raise InvalidArgument(f"logging program {target.path!r} cannot be run: {exc.strerror}") from exc
     for descriptor in (out_read, err_read, ready_write):
         os.close(descriptor)
-    logger = Logger(target, pid, PipeOutput(out_write), PipeOutput(err_write))
+    logger = Logger(target, pid, LoggerPipe(out_write), LoggerPipe(err_write))
     try:
         word = await _read_word(ready_read)
         if target.strict and not word:

@@ -1,4 +1,4 @@
-"""What the tests of the shim share: a served pod, and a bundle for the program."""
+"""What the tests of the shim share: a served pod, a bundle for the program, and a process's streams."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from shim import serve
 from shim.events import Publisher
 from tests.shim.bundles import Bundle, end
 from tests.shim.pods import Shim, listener
+from tests.shim.streams import Setup, descriptors
 from ttrpc.client import Client
 from ttrpc.server import Server
 
@@ -72,3 +73,13 @@ def made() -> Iterator[Bundle]:
             if (path / "shim.pid").exists():
                 end(made.pid(), signal.SIGKILL)
             os.close(log)
+
+
+@pytest.fixture
+async def setup(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[Setup]:
+    before = descriptors()
+    setup = Setup(tmp_path, nursery)
+    yield setup
+    await setup.io.close()
+    await setup.io.end_logger()
+    assert descriptors() <= before, "descriptors are left open"

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
 from trio.testing import (
     MemoryReceiveStream,
-    MemorySendStream,
-    memory_stream_one_way_pair,
     wait_all_tasks_blocked,
 )
 
@@ -22,68 +20,9 @@ from shim.outputs import PIPE_BYTES
 from shim.stdio import ProcessIO
 from shim.stdio_uri import Kind, Plan, Target, parse_target, plan
 from shim.tasks import Stdio
+from tests.shim.streams import Setup
 from vc.errors import InvalidArgument
 from vc.process import StdioRequest
-
-
-class Guest:
-    """A process as stdio sees it: what it writes comes out of `stdout`, what it gets is in `received`."""
-
-    def __init__(self) -> None:
-        self.out, self.stdout = memory_stream_one_way_pair()
-        self.err, self.stderr = memory_stream_one_way_pair()
-        self.stdin: MemorySendStream | None
-        self.stdin, self.received = memory_stream_one_way_pair()
-
-    async def close_stdin(self) -> None:
-        assert self.stdin is not None
-        await self.stdin.aclose()
-
-    async def write(self, data: bytes) -> None:
-        await self.out.send_all(data)
-
-    async def end(self) -> None:
-        await self.out.aclose()
-        await self.err.aclose()
-
-
-class Setup:
-    """Fifos in a directory, and a ProcessIO over them."""
-
-    def __init__(self, directory: Path, nursery: trio.Nursery) -> None:
-        self.directory = directory
-        self.guest = Guest()
-        self.nursery = nursery
-        self.io: ProcessIO
-
-    def fifo(self, name: str) -> str:
-        path = self.directory / name
-        os.mkfifo(path)
-        return str(path)
-
-    def make(self, **names: object) -> ProcessIO:
-        self.io = ProcessIO(plan(Stdio(**names)), process_id="c1", namespace="ns")  # type: ignore[arg-type]
-        return self.io
-
-    async def run(self, **names: object) -> ProcessIO:
-        self.make(**names)
-        await self.io.open()
-        self.nursery.start_soon(self.io.run, self.guest)
-        return self.io
-
-
-def descriptors() -> set[str]:
-    return {path.name for path in Path("/proc/self/fd").iterdir()}
-
-
-@pytest.fixture
-async def setup(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[Setup]:
-    before = descriptors()
-    setup = Setup(tmp_path, nursery)
-    yield setup
-    await setup.io.close()
-    await setup.io.end_logger()
-    assert descriptors() <= before, "descriptors are left open"
 
 
 def reader(path: str) -> int:
@@ -399,68 +338,6 @@ async def test_a_full_disk_does_not_stop_the_process(setup: Setup) -> None:
     await setup.guest.write(bytes(1 << 20))
     with trio.fail_after(10):
         await setup.io.wait_copied(2 << 20, 0)
-
-
-LOGGER = """#!/bin/sh
-echo "$0 $*" > {out}.argv
-env | grep ^CONTAINER > {out}.env
-{ready}
-cat <&3 > {out}.out
-cat <&4 > {out}.err
-"""
-
-
-def make_logger(directory: Path, ready: str) -> Path:
-    path = directory / "logger"
-    path.write_text(LOGGER.replace("{out}", str(directory / "log")).replace("{ready}", ready))
-    path.chmod(0o755)
-    return path
-
-
-async def test_a_logging_program_gets_arguments_identity_and_both_outputs(setup: Setup) -> None:
-    path = make_logger(setup.directory, "echo >&5; exec 5>&-")
-    await setup.run(stdout=f"binary-v2://{path}?id=7&flag")
-    await setup.guest.write(b"to stdout")
-    await setup.guest.err.send_all(b"to stderr")
-    await setup.guest.end()
-    with trio.fail_after(20):
-        await setup.io.wait_finished()
-        while not (setup.directory / "log.err").exists() or not (setup.directory / "log.err").read_bytes():
-            await trio.sleep(0.01)  # another program's file: nothing tells
-    log = {name: (setup.directory / f"log.{name}").read_text() for name in ("argv", "env", "out", "err")}
-    assert log["argv"] == f"{path} id 7 flag\n"
-    assert sorted(log["env"].split()) == ["CONTAINER_ID=c1", "CONTAINER_NAMESPACE=ns"]
-    assert (log["out"], log["err"]) == ("to stdout", "to stderr")
-
-
-async def test_a_logging_program_gets_the_one_output_of_a_terminal(setup: Setup) -> None:
-    """As with `nerdctl run -t -d`; the other pipe is there and stays empty."""
-    path = make_logger(setup.directory, "exec 5>&-")
-    await setup.run(stdout=f"binary://{path}", stderr="/nowhere/fifo", terminal=True)
-    await setup.guest.write(b"of the terminal")
-    await setup.guest.end()
-    with trio.fail_after(20):
-        await setup.io.wait_finished()
-        await setup.io.close()
-        await setup.io.end_logger()
-    assert (setup.directory / "log.out").read_text() == "of the terminal"
-    assert (setup.directory / "log.err").read_text() == ""
-
-
-async def test_a_strict_logging_program_that_is_not_ready_is_an_error(setup: Setup) -> None:
-    path = make_logger(setup.directory, "exit 3")
-    io = setup.make(stdout=f"binary-v2://{path}")
-    with pytest.raises(InvalidArgument, match="without saying that it is ready"):
-        await io.open()
-
-
-async def test_a_logging_program_that_does_not_end_is_ended(setup: Setup) -> None:
-    path = make_logger(setup.directory, "exec 5>&-; exec sleep 1000")
-    await setup.run(stdout=f"binary://{path}")
-    await setup.guest.end()
-    with trio.fail_after(20):
-        await setup.io.close()
-        await setup.io.end_logger()
 
 
 @pytest.mark.parametrize(

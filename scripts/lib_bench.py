@@ -207,6 +207,7 @@ def measure_running(results: Results, who: str, containerd: Containerd, containe
         results.add(f"exec, {who}", "ms", 1000 * timed(lambda: containerd.exec(container, "true")))
     for _ in range(min(runs, 3)):
         results.add(f"stdout, {who}", "MiB/s", stdout_throughput(containerd, container))
+        results.add(f"stdin, {who}", "MiB/s", stdin_throughput(containerd, container))
     for name, value in shim_memory(containerd, container).items():
         results.add(f"shim {name}, {who}" if who != "ours" else f"shim {name}", "MB", value)
 
@@ -225,6 +226,26 @@ def stdout_throughput(containerd: Containerd, container: str) -> float:
     elapsed = time.monotonic() - began
     client.communicate()
     return received / elapsed / (1 << 20)
+
+
+def stdin_throughput(containerd: Containerd, container: str) -> float:
+    """Return MiB/s through client and fifo, until the process has read the last byte."""
+    script = "echo ready; dd of=/dev/null bs=64k 2>/dev/null; echo done"
+    client = containerd.popen(
+        *containerd.exec_arguments(container, "sh", "-c", script), stdin=subprocess.PIPE
+    )
+    assert client.stdin is not None
+    assert client.stdout is not None
+    client.stdout.readline()
+    block = bytes(1 << 20)
+    began = time.monotonic()
+    for _ in range(STREAM_MIB):
+        client.stdin.write(block)
+    client.stdin.close()
+    client.stdout.readline()
+    elapsed = time.monotonic() - began
+    client.wait()
+    return STREAM_MIB / elapsed
 
 
 def shim_memory(containerd: Containerd, container: str) -> dict[str, float]:

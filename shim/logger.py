@@ -12,6 +12,7 @@ import os
 import signal
 import struct
 import termios
+from contextlib import ExitStack
 
 import trio
 
@@ -120,19 +121,20 @@ async def open_logger(target: Target, *, container_id: str, namespace: str) -> L
     Raises:
         InvalidArgument: it cannot be run, or a strict one ended without saying that it is ready.
     """
-    pipes = [_pipe() for _ in range(3)]
-    (out_read, out_write), (err_read, err_write), (ready_read, ready_write) = pipes
     environment = {"CONTAINER_ID": container_id, "CONTAINER_NAMESPACE": namespace}
-    try:
-        pid = _spawn(target, environment, out_read, err_read, ready_write)
-    except OSError as exc:
-        for pair in pipes:
-            for descriptor in pair:
-                os.close(descriptor)
-        raise InvalidArgument(f"logging program {target.path!r} cannot be run: {exc.strerror}") from exc
-    for descriptor in (out_read, err_read, ready_write):
-        os.close(descriptor)
-    logger = Logger(target, pid, LoggerPipe(out_write), LoggerPipe(err_write))
+    with ExitStack() as ours, ExitStack() as theirs:
+        try:
+            (out_read, out_write), (err_read, err_write), (ready_read, ready_write) = (
+                _pipe(theirs, ours),
+                _pipe(theirs, ours),
+                _pipe(ours, theirs),
+            )
+            pid = _spawn(target, environment, out_read, err_read, ready_write)
+        except OSError as exc:
+            raise InvalidArgument(f"logging program {target.path!r} cannot be run: {exc.strerror}") from exc
+        theirs.close()
+        logger = Logger(target, pid, LoggerPipe(out_write), LoggerPipe(err_write))
+        ours.pop_all()
     try:
         word = await _read_word(ready_read)
         if target.strict and not word:
@@ -143,12 +145,16 @@ async def open_logger(target: Target, *, container_id: str, namespace: str) -> L
     return logger
 
 
-def _pipe() -> tuple[int, int]:
-    """Make a pipe with descriptors that the child's numbers cannot hit."""
-    ends = os.pipe()
-    moved = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, ABOVE) for end in ends]
-    for end in ends:
-        os.close(end)
+def _pipe(reader: ExitStack, writer: ExitStack) -> tuple[int, int]:
+    """Make a pipe with descriptors that the child's numbers cannot hit; each end is closed with its stack."""
+    with ExitStack() as low:
+        ends = os.pipe()
+        for end in ends:
+            low.callback(os.close, end)
+        moved = []
+        for end, stack in zip(ends, (reader, writer), strict=True):
+            moved.append(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, ABOVE))
+            stack.callback(os.close, moved[-1])
     return moved[0], moved[1]
 
 

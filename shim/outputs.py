@@ -10,7 +10,9 @@ import errno
 import fcntl
 import os
 import stat
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +23,7 @@ from vc.errors import InvalidArgument
 
 PIPE_BYTES = 1 << 20  # what any user may ask for: /proc/sys/fs/pipe-max-size
 FIRST_POLL, LAST_POLL = 0.005, 0.1  # seconds
+FILE_GRACE = 2.0  # seconds; longer, and the disk hangs: whoever closes must not
 
 
 class Output(Protocol):
@@ -111,7 +114,11 @@ class FifoOutput(PipeOutput):
             if exc.errno == errno.ENXIO:
                 return False
             raise
-        self._read = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            self._read = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:
+            super().close()
+            raise
         _enlarge(self._write)
         return True
 
@@ -135,40 +142,72 @@ class FifoOutput(PipeOutput):
             self._read = -1
 
 
+class _File:
+    """An open file that is closed when its last user has left: maybe a thread that still writes."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._users = 1
+        self._lock = threading.Lock()
+
+    def join(self) -> int:
+        """Return the descriptor, which is good until `leave`. Raises OSError if it is closed."""
+        with self._lock:
+            if not self._users:
+                raise OSError(errno.EBADF, "closed meanwhile")
+            self._users += 1
+        return self._descriptor
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                os.close(self._descriptor)
+
+
 class FileOutput:
-    """A file that is appended to. Its writes go to a thread, for a disk may be slow."""
+    """A file that is appended to. Its writes go to a thread, for a disk may be slow, or hang."""
 
     def __init__(self, path: str, *, create: bool) -> None:
         if create:
             Path(path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | (os.O_CREAT if create else 0)
-        self._descriptor = os.open(path, flags, 0o644)
+        self._file = _File(os.open(path, flags, 0o644))
+        self._closed = False
 
     async def ready(self) -> None:
         """Return at once."""
         await trio.lowlevel.checkpoint()
 
     async def write_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Append everything."""
-        # Our own descriptor: closing does not wait for a write that hangs.
-        descriptor = os.dup(self._descriptor)
+        """Append everything. Cancelled, it gives a write that is under way FILE_GRACE to finish."""
+        token, written = trio.lowlevel.current_trio_token(), trio.Event()
 
         def write() -> None:
+            descriptor = self._file.join()
             try:
                 with memoryview(data) as view:
                     sent = 0
                     while sent < len(view):
                         sent += os.write(descriptor, view[sent:])
             finally:
-                os.close(descriptor)
+                self._file.leave()
+                with suppress(trio.RunFinishedError):
+                    token.run_sync_soon(written.set)
 
-        await trio.to_thread.run_sync(write)
+        await trio.lowlevel.checkpoint()
+        try:
+            await trio.to_thread.run_sync(write, abandon_on_cancel=True)
+        except trio.Cancelled:
+            with trio.move_on_after(FILE_GRACE, shield=True):
+                await written.wait()
+            raise
 
     def close(self) -> None:
-        """Close the file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Close the file, once nothing is written to it any more."""
+        if not self._closed:
+            self._closed = True
+            self._file.leave()
 
 
 class Shared:

@@ -18,7 +18,8 @@ async def enter(stack: AsyncExitStack, manager: AbstractContextManager[T]) -> T:
 
     async def leave() -> None:
         with trio.move_on_after(UNDO_TIMEOUT, shield=True):
-            await trio.to_thread.run_sync(manager.__exit__, None, None, None)
+            # Else the time limit would be for nothing: trio waits for a thread however long it takes.
+            await trio.to_thread.run_sync(manager.__exit__, None, None, None, abandon_on_cancel=True)
 
     stack.push_async_callback(leave)
     return value

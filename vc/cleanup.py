@@ -6,9 +6,7 @@ are found by the VM's id in their command line, so that a process id that was re
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ from vc.errors import NotFound, VCError
 from vc.persist import store
 from vc.persist.schema import BrokenRecord, SandboxRecord
 from vc.persist.store import Layout, SandboxLock
+from vc.pids import argv_of, kill, start_ticks
 from vc.storage.mounts import unmount_below
 from vc.storage.share import Share
 from vc.storage.share import remove as remove_share
@@ -25,17 +24,6 @@ from vc.storage.sharedfs import SHARED_LINK
 OWNER_GRACE = 2.0  # seconds that an owner which is still ending gets before it is killed
 KILL_WAIT = 2.0  # seconds until a killed process must be gone
 POLL = 0.02  # seconds: neither flock nor the death of a foreign process group can be waited for with a limit
-
-
-def start_ticks(pid: int) -> int:
-    """Return when a process started, in clock ticks since boot; 0 if it is gone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0
-    return int(
-        stat.rpartition(")")[2].split()[19]
-    )  # proc(5): field 22; the name may hold blanks and brackets
 
 
 def belongs_to(argv: list[bytes], vmid: str) -> bool:
@@ -47,32 +35,17 @@ def belongs_to(argv: list[bytes], vmid: str) -> bool:
 
 def processes_of(vmid: str) -> list[int]:
     """Find the processes of a VM: the VMM and virtiofsd, also while they are being started."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                argv = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue  # it ended meanwhile
-            if belongs_to(argv, vmid):
-                found.append(int(entry.name))
-    return found
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if belongs_to(argv_of(pid), vmid)]
 
 
 def kill_processes(vmid: str) -> int:
     """Kill the processes of a VM and wait until they are gone; return how many there were."""
     pids = processes_of(vmid)
     for pid in pids:
-        _kill(pid)
+        kill(pid, lambda pid=pid: belongs_to(argv_of(pid), vmid))  # type: ignore[misc]
     _wait_until(lambda: not processes_of(vmid), KILL_WAIT)
     return len(pids)
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _wait_until(condition: Callable[[], bool], limit: float) -> bool:
@@ -122,8 +95,8 @@ def _record(layout: Layout, sandbox_id: str) -> SandboxRecord | None:
 
 
 def _kill_owner(record: SandboxRecord | None) -> None:
-    if record is not None and start_ticks(record.owner_pid) == record.owner_start_ticks:
-        _kill(record.owner_pid)
+    if record is not None:
+        kill(record.owner_pid, lambda: start_ticks(record.owner_pid) == record.owner_start_ticks)
 
 
 def remove_vm(layout: Layout, vmid: str) -> None:

@@ -15,15 +15,13 @@ import errno
 import fcntl
 import hashlib
 import os
-import select
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from vc.cleanup import KILL_WAIT, belongs_to, remove_directory, start_ticks
+from vc.cleanup import KILL_WAIT, belongs_to, remove_directory
 from vc.errors import NotFound, VCError, WrongState
 from vc.factory.handover import handover_path
 from vc.factory.templates import TEMPORARY, Templates
@@ -31,6 +29,7 @@ from vc.network.taps import marked_taps, remove_tap
 from vc.persist import store
 from vc.persist.schema import BrokenRecord
 from vc.persist.store import LOCK, Layout
+from vc.pids import argv_of, kill, start_ticks
 from vc.storage.mounts import mounted_below, unmount
 from vc.unixsock import connect_nowait
 
@@ -170,15 +169,13 @@ def _processes(owners: Owners) -> Iterator[Leak]:
     for entry in _entries(Path("/proc")):
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
-        try:
-            argv = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue  # it ended meanwhile
+        # First of all: should the id be given to another process now, it is not that one which is named.
+        started = start_ticks(int(entry.name))
+        argv = argv_of(int(entry.name))
         vmid = next((vmid for vmid in owners.dead_vms if belongs_to(argv, vmid)), None)
         vmid = vmid or _unknown_vm(argv, owners)
         if vmid:
             program = Path(os.fsdecode(argv[0])).name
-            started = start_ticks(int(entry.name))
             yield Leak(Kind.PROCESS, entry.name, f"{program} of VM {vmid}", started, vmid)
 
 
@@ -295,21 +292,8 @@ def remove(leaks: Iterable[Leak]) -> Iterator[tuple[Leak, str]]:
 
 def _kill(leak: Leak) -> None:
     pid = int(leak.name)
-    try:
-        handle = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        # Read after the pidfd was opened: what the id means now is what the pidfd means.
-        if start_ticks(pid) != leak.started:
-            return
-        signal.pidfd_send_signal(handle, signal.SIGKILL)
-        if not select.select([handle], [], [], KILL_WAIT)[0]:
-            raise WrongState(f"it does not die of SIGKILL within {KILL_WAIT} s")
-    except ProcessLookupError:
-        pass
-    finally:
-        os.close(handle)
+    if not kill(pid, lambda: start_ticks(pid) == leak.started, wait=KILL_WAIT):
+        raise WrongState(f"it does not die of SIGKILL within {KILL_WAIT} s")
 
 
 def _unmount(leak: Leak) -> None:

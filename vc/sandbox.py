@@ -26,7 +26,6 @@ from vc import timeline
 from vc.agent_client.client import STREAMS_FEATURE, AgentClient
 from vc.background import background
 from vc.blocking import enter
-from vc.cleanup import start_ticks
 from vc.config import Config, apply_annotations
 from vc.container import Container
 from vc.errors import AlreadyExists, GuestGone, NotFound, Unsupported, VCError
@@ -53,6 +52,7 @@ from vc.oci.translate import guest_spec
 from vc.persist import store
 from vc.persist.schema import SandboxRecord
 from vc.persist.store import Layout
+from vc.pids import start_ticks
 from vc.process import StdioRequest
 from vc.resources import Size, static_size
 from vc.spare import spare_descriptors

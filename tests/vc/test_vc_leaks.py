@@ -15,12 +15,13 @@ import pytest
 from tests.vc import planted
 from tests.vc.planted import SANDBOX, VMID, Host, vmm_words
 from vc import leaks
-from vc.cleanup import cleanup_sandbox, remove_vm, start_ticks
+from vc.cleanup import cleanup_sandbox, remove_vm
 from vc.config import FactoryConfig
 from vc.factory.templates import Templates
 from vc.leaks import Kind, Leak
 from vc.persist import store
 from vc.persist.schema import SandboxRecord
+from vc.pids import start_ticks
 from vc.storage.mounts import bind, mounted_below
 from vc.unixsock import listen
 

@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vc.errors import VCError
+from vc.persist.store import make_private
 
 LOCK, MANIFEST, MEMORY, STATE, FAILED = "lock", "manifest.json", "memory", "state", "failed.json"
 TEMPORARY = "tmp-"
@@ -182,7 +183,7 @@ class Templates:
         """
         with ExitStack() as stack:
             try:
-                self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_private(self.directory)
                 self._open_directory(stack, self.directory, None)
                 flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
                 lock = os.open(self.directory / LOCK, flags, 0o600)

@@ -42,7 +42,7 @@ def parse_record(data: bytes) -> SandboxRecord:
     """Read a record.
 
     Raises:
-        BrokenRecord: it is not JSON, of another version, or lacks a field.
+        BrokenRecord: it is not JSON, of another version, lacks a field, or names what cannot be.
     """
     try:
         fields = json.loads(data)
@@ -66,4 +66,9 @@ def parse_record(data: bytes) -> SandboxRecord:
             raise BrokenRecord(
                 f"the sandbox record's {name} is {getattr(record, name)!r}, not of type {kind}"
             )
+    # Whoever cleans up kills and removes by these.
+    if record.owner_pid <= 0 or not record.vmid or "/" in record.vmid or record.vmid in (".", ".."):
+        raise BrokenRecord(
+            f"the sandbox record names VM {record.vmid!r} and process {record.owner_pid}, which cannot be"
+        )
     return record

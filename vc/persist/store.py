@@ -48,9 +48,10 @@ class Layout:
     def names_of(self, vmid: str) -> set[str]:
         """Return the names that a VM's processes may have. Reads a file."""
         try:
-            return {vmid, (self.vm(vmid) / VMM_NAME).read_text()}
+            noted = (self.vm(vmid) / VMM_NAME).read_text()
         except (OSError, ValueError):
             return {vmid}
+        return {vmid, noted} if noted else {vmid}  # the disk may have been full when it was noted
 
     def mounts(self, sandbox_id: str) -> Path:
         """Where the host makes the bind mounts that the guest is to see."""

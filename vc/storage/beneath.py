@@ -19,7 +19,10 @@ from vc.oci.mounts import MountPoint
 SYS_OPENAT2 = 437  # asm-generic/unistd.h; the same on every architecture
 # linux/openat2.h
 RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_IN_ROOT = 0x10
+
+AT_FDCWD = -100  # linux/fcntl.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -30,8 +33,8 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
-def _open(root: int, path: str) -> int:
-    how = _OpenHow(os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+def _open(root: int, path: str, resolve: int = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS) -> int:
+    how = _OpenHow(os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, 0, resolve)
     size = ctypes.c_size_t(ctypes.sizeof(how))
     result: int = _libc.syscall(SYS_OPENAT2, root, os.fsencode(path), ctypes.byref(how), size)
     if result < 0:
@@ -58,6 +61,20 @@ def directory_below(root: Path, target: str) -> Iterator[Path]:
         found = _open_or_make(top, parts)
     finally:
         os.close(top)
+    try:
+        yield Path(f"/proc/self/fd/{found}")
+    finally:
+        os.close(found)
+
+
+@contextmanager
+def directory_without_links(path: Path) -> Iterator[Path]:
+    """Give a path by which a directory can be used that no symbolic link leads to, good inside the block.
+
+    Raises:
+        OSError: it cannot be opened; ELOOP if a link is on the way by now, ENOSYS before Linux 5.6.
+    """
+    found = _open(AT_FDCWD, str(path), RESOLVE_NO_SYMLINKS)
     try:
         yield Path(f"/proc/self/fd/{found}")
     finally:

@@ -1,12 +1,14 @@
 """Mounts on the host: containerd's mount words, mount(2), umount2(2) and the list of what is mounted.
 
 Deciding and doing are apart: `parse_options` turns words into flags and is pure; `mount` and `unmount`
-are the system calls. Unmounting never follows a symbolic link, since a container may have planted one.
+are the system calls. Unmounting never follows a symbolic link, since a container may have planted one, in the
+last place of a path or above it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 import subprocess
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vc.errors import VCError
-from vc.storage.beneath import directory_below
+from vc.storage.beneath import directory_below, directory_without_links
 
 # linux/mount.h, MS_*
 MS_RDONLY = 1
@@ -152,8 +154,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def _check(result: int, what: str) -> None:
     if result != 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, f"{what}: {os.strerror(errno)}")
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
 
 
 def mount(source: str, target: Path, fstype: str, flags: int, data: str = "") -> None:
@@ -291,7 +293,18 @@ def _shorten_overlay(words: list[str]) -> tuple[str | None, list[str]]:
 
 
 def unmount(target: Path) -> bool:
-    """Detach the topmost mount on `target`; tell whether there was one."""
+    """Detach the topmost mount on `target`, to which no link may lead; tell whether there was one.
+
+    Where a container can write, a directory above a mount may become a link while we look.
+    """
+    try:
+        with directory_without_links(target.parent) as parent:
+            return _unmount(parent / target.name)
+    except OSError as exc:
+        return exc.errno == errno.ENOSYS and _unmount(target)
+
+
+def _unmount(target: Path) -> bool:
     result: int = _libc.umount2(os.fsencode(target), MNT_DETACH | UMOUNT_NOFOLLOW)
     return result == 0
 

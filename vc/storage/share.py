@@ -7,6 +7,7 @@ a mount made on the host appears to the guest, and never the other way round.
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,7 @@ from vc.storage.mounts import (
 GUEST_SHARE = PurePosixPath("/run/kata-containers/shared/containers")  # Kata's mount point of the share
 ROOTFS = "rootfs"
 STAGE = "stage"
+MAX_SHOWN = 100  # bytes of a volume's own name in that of its mount point, which has 255 (limits.h, NAME_MAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,9 @@ def volume(
     Raises:
         InvalidArgument: there is nothing at `source`.
     """
-    target = share.mounts / f"{container_id}-{secrets.token_hex(8)}-{source.name or 'root'}"
+    # For a human who looks; so cut to what a name can hold, and to what the guest can be told: UTF-8.
+    shown = os.fsencode(source.name)[:MAX_SHOWN].decode(errors="ignore") or "root"
+    target = share.mounts / f"{container_id}-{secrets.token_hex(8)}-{shown}"
     if source.is_dir():
         target.mkdir(mode=0o755)
     elif source.exists():

@@ -15,12 +15,10 @@ mounts with equal inode numbers would be one file to it.
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +28,7 @@ import trio
 from vc.errors import HypervisorError
 from vc.hypervisor.base import SharedFSConfig, VirtioFS
 from vc.hypervisor.children import Child, descendants, prefix, running
+from vc.pids import kill
 from vc.unixsock import listen
 
 TAG = "kataShared"  # Kata's name of the share, by which the agent mounts it
@@ -158,5 +157,4 @@ async def _end(child: Child) -> None:
         await child.wait_dead()
     if scope.cancelled_caught:
         for pid in descendants(child.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            kill(pid, lambda pid=pid: pid in descendants(child.pid))  # type: ignore[misc]

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import stat
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -45,6 +47,21 @@ def test_bytes_that_are_no_record_are_told_apart_and_never_crash(data: bytes) ->
 def test_json_that_is_no_record_is_refused(data: bytes) -> None:
     with pytest.raises(BrokenRecord):
         parse_record(data)
+
+
+@pytest.mark.parametrize("change", [{"vmid": ""}, {"vmid": ".."}, {"vmid": "../vm"}, {"owner_pid": 0}])
+def test_a_record_that_would_have_other_things_removed_is_refused(change: dict[str, Any]) -> None:
+    """The directory of a VM without a name is that of all VMs, and process 0 is our own process group."""
+    with pytest.raises(BrokenRecord, match="cannot be"):
+        parse_record(format_record(replace(a_record("a"), **change)))
+
+
+def test_a_name_that_could_not_be_noted_is_no_name_of_a_vm(tmp_path: Path) -> None:
+    """Without a name every process would be the VM's that has "//shared" in its command line."""
+    layout = Layout(tmp_path)
+    store.make_private(layout.vm("00aa"))
+    (layout.vm("00aa") / store.VMM_NAME).touch()
+    assert layout.names_of("00aa") == {"00aa"}
 
 
 def test_a_claimed_sandbox_is_private_and_cannot_be_claimed_again(tmp_path: Path) -> None:

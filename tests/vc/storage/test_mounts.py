@@ -21,6 +21,7 @@ from vc.storage.mounts import (
     mount_all,
     mounted_below,
     parse_options,
+    unmount,
     unmount_below,
 )
 
@@ -170,3 +171,21 @@ def test_a_directory_that_becomes_a_link_while_it_is_mounted_on_leads_nowhere(tm
         unmount_below(tmp_path)
     assert done
     assert list((outside / "sub").iterdir()) == []
+
+
+@needs_root
+@pytest.mark.parametrize("link", ["directory", "mounted"])
+def test_what_lies_behind_a_link_is_not_unmounted(tmp_path: Path, link: str) -> None:
+    """A container that makes a link of a directory above a mount had the mount behind the link undone."""
+    outside = tmp_path / "directory" / "mounted"
+    outside.mkdir(parents=True)
+    root = tmp_path / "root"
+    root.mkdir()
+    mount_all([Mount("tmpfs", "tmpfs", "", ())], outside)
+    try:
+        (root / link).symlink_to(tmp_path / "directory" if link == "directory" else outside)
+        assert not unmount(root / link / "mounted" if link == "directory" else root / link)
+        assert mounted_below(outside) == [outside]
+    finally:
+        assert unmount(outside)
+    assert mounted_below(outside) == []

@@ -114,3 +114,14 @@ def test_a_root_that_is_not_there_is_refused_and_leaves_nothing(share: Share, tm
     ):
         pass
     assert list(share.mounts.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["n" * 255, "ü" * 127, "caf\udce9"], ids=["long", "long characters", "no UTF-8"]
+)
+def test_a_volume_may_be_called_whatever_a_host_can_call_it(share: Share, tmp_path: Path, name: str) -> None:
+    source = tmp_path / name
+    source.mkdir()
+    with volume(share, "c" * 76, source, read_only=True) as path:
+        assert path.encode()
+        assert share.mounts / Path(path).name in mounted_below(share.mounts)

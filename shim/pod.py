@@ -61,6 +61,7 @@ class Pod:
         load_config: Callable[[str | None], Config],
     ) -> None:
         self.tasks = Tasks()
+        self.on_unused: Callable[[], None] = lambda: None  # called when the last task has gone
         self._nursery = nursery
         self._announcer = announcer
         self._namespace = namespace
@@ -115,6 +116,7 @@ class Pod:
             self.tasks.release(request.id)
             if not self.in_use:
                 await self.sandbox.end(SANDBOX_END_WAIT)
+                self.on_unused()
 
     async def _create_container(
         self, request: CreateRequest, spec: Mapping[str, Any], identity: oci.Identity, plan: stdio_uri.Plan
@@ -235,6 +237,8 @@ class Pod:
             else:
                 await self._drop_task(task)
             self._announcer.deleted(record)
+        if not self.in_use:
+            self.on_unused()
         return record
 
     async def _drop_exec(self, task: Task, record: ProcessRecord) -> None:

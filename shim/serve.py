@@ -46,6 +46,8 @@ IDLE_LIMIT = (
     300.0  # seconds without task and connection: whoever started us has gone before it made use of us
 )
 
+SERVED_LIMIT = 5.0  # seconds from the last task's end to the Shutdown or Create that must follow
+
 
 def main(
     args: Args,
@@ -124,6 +126,7 @@ async def run(
             logs.follow(lambda: [f"{task.bundle}/{LOG_FIFO}" for task in pod.tasks])
             server = _server(pod, given, stop)
             connections = Connections(server, lambda: pod.in_use, is_wanted=is_wanted)
+            pod.on_unused = connections.note_unused
             await nursery.start(trio.serve_listeners, connections.serve, [listener])
             nursery.start_soon(connections.watch_idle, stop)
             # To the very end: `delete` asks us to end while the last events may still be on their way, and a
@@ -160,6 +163,7 @@ class Connections:
         self._is_wanted = is_wanted
         self._count = 0
         self._known = False  # there has been a connection
+        self._served = False  # there has been a task, or a try to make one
         self._idle = trio.CancelScope(deadline=math.inf)
 
     async def serve(self, stream: trio.SocketStream) -> None:
@@ -182,9 +186,19 @@ class Connections:
             self._count -= 1
             self._note_idle()
 
+    def note_unused(self) -> None:
+        """There is nothing left that this process was there for."""
+        self._served = True
+        self._note_idle()
+
     def _note_idle(self) -> None:
-        wanted = self._count > 0 or self._busy()
-        self._idle.deadline = math.inf if wanted else trio.current_time() + IDLE_LIMIT
+        self._idle.deadline = math.inf if self._is_needed() else trio.current_time() + self._limit()
+
+    def _is_needed(self) -> bool:
+        return self._busy() or (self._count > 0 and not self._served)
+
+    def _limit(self) -> float:
+        return SERVED_LIMIT if self._served else IDLE_LIMIT
 
     async def watch_idle(self, stop: trio.Event) -> None:
         """Stop the process when nobody will ever want anything of it.
@@ -193,18 +207,28 @@ class Connections:
         address, and remove the bundle. Nothing tells a process to which nobody is connected: it looks for the
         bundle until somebody is. Where even that stays (containerd itself was killed), having had neither
         task nor connection for IDLE_LIMIT must do.
+
+        After the last task, or a Create that failed, containerd sends Shutdown. One that was killed in the
+        middle of the call does not, and when it comes back it may take whoever answers for a task that lives
+        (1.6 does, for ever): then it is the end of our connection from which it learns that there is none.
         """
         self._note_idle()
-        with self._idle:
-            wanted = True
-            while wanted and not self._known:
-                await trio.sleep(BUNDLE_INTERVAL)  # before looking: who waited for us to serve comes first
-                wanted = self._is_wanted()
-            if self._known:
-                await trio.sleep_forever()
-            log.warning("containerd removed the bundle before it connected: the shim ends")
-        if self._idle.cancelled_caught:
-            log.warning("nobody wanted anything for %d s: the shim ends", IDLE_LIMIT)
+        while True:
+            with self._idle:
+                wanted = True
+                while wanted and not self._known:
+                    await trio.sleep(
+                        BUNDLE_INTERVAL
+                    )  # before looking: who waited for us to serve comes first
+                    wanted = self._is_wanted()
+                if self._known:
+                    await trio.sleep_forever()
+                log.warning("containerd removed the bundle before it connected: the shim ends")
+                break
+            if not self._is_needed():
+                log.warning("nobody wanted anything for %d s: the shim ends", self._limit())
+                break
+            self._idle = trio.CancelScope(deadline=math.inf)
         stop.set()
 
 

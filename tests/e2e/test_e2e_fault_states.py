@@ -178,8 +178,11 @@ def use_up_the_hosts_memory(pod: Pod) -> None:
         wait_until(lambda: read_process(vmm.pid) is None)
 
 
+QEMU_KILLED = Blow("qemu", kill_program("qemu"), r"QEMU \(pid \d+\) was killed by SIGKILL[^;]")
+HUNG = Blow("hung", stop_vmm, r"the guest hangs: its agent did not answer a health check", is_silent=True)
 BLOWS = (
-    Blow("qemu", kill_program("qemu"), r"QEMU \(pid \d+\) was killed by SIGKILL[^;]"),
+    QEMU_KILLED,
+    HUNG,
     Blow("virtiofsd", kill_program("virtiofsd"), r"virtiofsd \(pid \d+\) was killed by SIGKILL"),
     Blow(
         "panic",
@@ -194,7 +197,6 @@ BLOWS = (
         inside=True,
     ),
     Blow("cut-off", lambda pod: pod.neighbour_runs("sh", "-c", CUT_OFF), r".*", inside=True, is_silent=True),
-    Blow("hung", stop_vmm, r"the guest hangs: its agent did not answer a health check", is_silent=True),
     Blow(
         "host-oom",
         use_up_the_hosts_memory,
@@ -212,6 +214,13 @@ def test_a_vm_dies_in_any_state(
     """What ran has ended by SIGKILL, what had ended keeps its exit status, and the task can be deleted."""
     if blow.out_of_memory and (why := cgroups.missing("memory")):
         pytest.skip(why)
+    check_death(containerd, events, fault, state, blow)
+
+
+def check_death(
+    containerd: Containerd, events: Recorder, fault: Fault, state: Callable[[Pod], None], blow: Blow
+) -> None:
+    """End the VM of a container in this state; see that it is told rightly and that nothing is left."""
     offset = containerd.log_size()
     gone = re.compile(rf"sandbox .* is gone: {blow.said}")
     with blow.prepared(containerd), fault.cleaned(), pod_in(containerd, state) as pod:

@@ -1,26 +1,39 @@
 """containerd goes away while its pods live on: every event and every exit is known afterwards."""
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import MakeContainerd
-from tests.e2e.test_e2e_crashes import wait_until
+from tests.e2e.test_e2e_crashes import shim_of, wait_until
+from tests.e2e.test_e2e_fault_states import created, exec_open, paused, pod_in, stopped
+from tests.e2e.test_e2e_faults import booting, of_another_daemon
 from tests.harness.containerd import TIMEOUT, Containerd
 from tests.harness.events import Event, Recorder
 from tests.harness.faults import Fault
 from tests.harness.prelude import Prelude
+from tests.harness.processes import kill, read_process
 from tests.harness.relay import Relay
+from tests.harness.runtimes import Start
 
+MUCH = 1 << 20  # bytes of log: a daemon that starts has much to tell
 WORK = ("sh", "-c", "trap 'exit 5' TERM; while :; do sleep 1000 & wait $!; done")
 
 
 @pytest.fixture(scope="module")
-def short() -> Iterator[Path]:
-    """A directory with a short name, for sockets."""
+def programs() -> Path | None:
+    """Where daemon and client are, if they are not those on PATH."""
+    return None
+
+
+@pytest.fixture(scope="module")
+def short(programs: Path | None) -> Iterator[Path]:
+    """A directory with a short name, for sockets; another one for other programs."""
     with tempfile.TemporaryDirectory(prefix="kata-far-") as directory:
         yield Path(directory)
 
@@ -30,10 +43,12 @@ def events_socket(short: Path) -> Path:
     return short / "events.sock"
 
 
-@pytest.fixture(scope="module")
-def daemon(make_containerd: MakeContainerd, short: Path, events_socket: Path) -> Iterator[Containerd]:
+@pytest.fixture(scope="module", name="daemon")
+def daemon_with_far_events(
+    make_containerd: MakeContainerd, programs: Path | None, short: Path, events_socket: Path
+) -> Iterator[Containerd]:
     """A containerd whose shims find its socket for events elsewhere."""
-    prelude = Prelude(short / "programs")
+    prelude = Prelude(short / "programs", beside=programs)
     with make_containerd(programs=prelude.directory) as daemon:
         if not daemon.runtime.is_vm:
             pytest.skip(f"{daemon.runtime.name} has no VM")
@@ -130,7 +145,7 @@ def test_exits_and_events_outlive_a_daemon_that_is_killed(
         return f"echo ready; {loop}; echo >/volume/{name}-done; exit {status}"
 
     relay = relay_to(daemon, events_socket)
-    with relay, fault.cleaned(lambda line: line.startswith(("descriptor", "child"))):
+    with relay, fault.cleaned(of_another_daemon):
         with daemon.running(*WORK, flags=["--null-io", "--mount", mount]) as container:
             clients = {}
             for name, status in (("away", 7), ("later", 8)):
@@ -174,3 +189,84 @@ def test_exits_and_events_outlive_a_daemon_that_is_killed(
     assert exits == {"away": 7, "alone": 9, "later": 8, "new": 6, container: 5}
     assert words(history).count("exit away") == 1
     assert [word for word in words(history) if word.startswith("exit")][-1] == "exit"
+
+
+def test_vms_that_die_while_the_daemon_is_away_are_told_of_afterwards(
+    daemon: Containerd, events_socket: Path, request: pytest.FixtureRequest
+) -> None:
+    """Each end is told once, with its cause in the log, which nobody read when it was written."""
+    fault = Fault(daemon, request.node.name)
+    relay = relay_to(daemon, events_socket)
+    with relay, fault.cleaned(of_another_daemon), ExitStack() as stack:
+        pods = [stack.enter_context(pod_in(daemon, state)) for state in (created, paused, exec_open)]
+        vmms = [vmm for pod in pods for vmm in pod.processes("qemu")]
+        assert len(vmms) == len(pods)
+        offset = daemon.log_size()
+        relay.down()
+        fault.strikes()
+        daemon.stop_daemon(kill=True)
+        for vmm in vmms:
+            kill(vmm)
+        for client in (client for pod in pods for client in pod.waiting):
+            client.communicate(timeout=TIMEOUT)
+            assert client.returncode != 0
+        wait_until(lambda: all(read_process(vmm.pid) is None for vmm in vmms))
+        daemon.start_daemon()
+        with Recorder(daemon) as events:
+            relay.up()
+            for pod in pods:
+                events.wait_for(pod.container, "exit", process=pod.container, timeout=TIMEOUT)
+                daemon.wait_status(pod.container, "STOPPED")
+                said = rf"{pod.group}: VM \S+ is gone: QEMU \(pid \d+\) was killed by SIGKILL"
+                wait_until(lambda said=said: re.search(said, daemon.log_since(offset, MUCH)) is not None)
+                assert daemon.delete_task(pod.container) == pod.status
+                events.wait_for(pod.container, "delete", process="", timeout=TIMEOUT)
+            histories = [events.of(pod.container) for pod in pods]
+    exits = [[event.exit_status for event in told if event.topic == "/tasks/exit"] for told in histories]
+    assert exits == [[137], [137], [137, 137]]
+
+
+def test_shims_that_die_while_the_daemon_is_away_leave_nothing(
+    daemon: Containerd, events_socket: Path, request: pytest.FixtureRequest
+) -> None:
+    fault = Fault(daemon, request.node.name)
+    with relay_to(daemon, events_socket), fault.cleaned(of_another_daemon), ExitStack() as stack:
+        pods = [stack.enter_context(pod_in(daemon, state)) for state in (stopped, exec_open)]
+        shims = [shim_of(daemon, pod.container) for pod in pods]
+        fault.strikes()
+        daemon.stop_daemon(kill=True)
+        for shim in shims:
+            kill(shim)
+        daemon.start_daemon()
+        for pod in pods:
+            daemon.wait_status(pod.container, None)
+
+
+def test_a_daemon_that_dies_in_the_middle_of_a_create_leaves_nothing(
+    daemon: Containerd, events_socket: Path, request: pytest.FixtureRequest
+) -> None:
+    """What it had asked for is undone, and the name is free again.
+
+    containerd 1.6 takes whoever answers for a task that lives, so shim and bundle stayed for ever, without a
+    task that anybody could have deleted, and the name could not be used again.
+    """
+    fault = Fault(daemon, request.node.name)
+    container = daemon.new_id("midway")
+    arguments = daemon.run_arguments("echo", "again", container=container, flags=["--null-io", "--detach"])
+    daemon.runtime.start_from(Start.DIRECT)  # which takes long enough to be interrupted
+    try:
+        with relay_to(daemon, events_socket), fault.cleaned(of_another_daemon):
+            client = daemon.popen(*arguments)
+            wait_until(lambda: booting(daemon) != [])
+            fault.strikes()
+            daemon.stop_daemon(kill=True)
+            client.communicate(timeout=TIMEOUT)
+            assert client.returncode != 0
+            wait_until(lambda: booting(daemon) == [])
+            daemon.start_daemon()
+            daemon.remove(container)
+            assert daemon.task_status(container) is None
+    finally:
+        daemon.runtime.start_from(Start.TEMPLATE)
+    again = daemon.run("echo", "again", container=container)
+    assert again.stdout == b"again\n", again

@@ -45,6 +45,14 @@ from tests.e2e.test_e2e_exec import (  # noqa: F401
     test_an_exec_id_that_is_in_use_is_refused,
     test_events_of_an_exec_lie_between_those_of_its_container,
 )
+from tests.e2e.test_e2e_fault_states import HUNG, QEMU_KILLED, Blow, check_death, exec_open
+from tests.e2e.test_e2e_faults_daemon import (  # noqa: F401
+    daemon_with_far_events,
+    events_socket,
+    short,
+    test_a_daemon_that_dies_in_the_middle_of_a_create_leaves_nothing,
+    test_exits_and_events_outlive_a_daemon_that_is_killed,
+)
 from tests.e2e.test_e2e_groups import (  # noqa: F401
     group,
     test_the_containers_of_a_group_share_one_shim_and_one_machine,
@@ -65,6 +73,7 @@ from tests.e2e.test_e2e_tasks import (  # noqa: F401
 from tests.harness import leaks, sandboxes
 from tests.harness.containerd import Containerd, HarnessError
 from tests.harness.events import Recorder
+from tests.harness.faults import Fault
 from tests.harness.leaks import shim_socket
 from tests.harness.prelude import Prelude
 from tests.harness.processes import kill
@@ -107,6 +116,11 @@ def generation(request: pytest.FixtureRequest) -> Generation:
     if not (chosen.programs / "containerd").exists():
         chosen.skip(f"run scripts/fetch_containerd {chosen.suite}; if it cannot fetch it, it says why")
     return chosen
+
+
+@pytest.fixture(scope="module")
+def programs(generation: Generation) -> Path:
+    return generation.programs
 
 
 @pytest.fixture(scope="module")
@@ -364,3 +378,10 @@ def test_a_sandbox_whose_configuration_is_missing_is_refused_in_words(
     options.value = Options(config_path=str(missing)).SerializeToString()
     with pytest.raises(grpc.RpcError, match=str(missing)):
         sandbox.create(options=options)
+
+
+@pytest.mark.parametrize("blow", [QEMU_KILLED, HUNG], ids=lambda blow: blow.name)
+def test_a_vm_dies_under_an_open_exec(
+    containerd: Containerd, vm_runtime: Runtime, events: Recorder, fault: Fault, blow: Blow
+) -> None:
+    check_death(containerd, events, fault, exec_open, blow)

@@ -2,12 +2,17 @@
 
 import json
 
-from tests.harness.containerd import Containerd
+from tests.e2e.test_e2e_faults import client_of
+from tests.e2e.test_e2e_groups import Group, group  # noqa: F401 - a fixture
+from tests.harness.containerd import TIMEOUT, Containerd
 from tests.harness.events import Event, Recorder
 
 LIMIT = ("--memory-limit", str(32 << 20))
 # Reads into one buffer of this size, all of which the kernel has to provide.
 GREEDY = ("dd", "if=/dev/zero", "of=/dev/null", "bs=128M", "count=1")
+
+# The same as soon as it is told to.
+GREEDY_LATER = ("sh", "-c", f"trap : USR1; echo ready; sleep 1000 & wait; exec {' '.join(GREEDY)}")
 
 
 def topics_of(events: list[Event]) -> list[str]:
@@ -57,3 +62,59 @@ def test_a_kill_of_another_kind_is_no_want_of_memory(containerd: Containerd, eve
         containerd.ctr("task", "kill", "--signal", "SIGKILL", container)
         assert topics_of(events.wait_for(container, "exit")) == ["create", "start", "exit"]
         assert oom_kills(containerd, container) == 0
+
+
+def test_a_container_without_memory_takes_its_open_execs_along(
+    containerd: Containerd, events: Recorder
+) -> None:
+    with client_of(containerd, *GREEDY_LATER, flags=LIMIT) as (container, client):
+        flags = ["--exec-id", "open"]
+        arguments = containerd.exec_arguments(
+            container, "sh", "-c", "echo ready; exec sleep 1000", flags=flags
+        )
+        process = containerd.popen(*arguments)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        containerd.ctr("task", "kill", "--signal", "SIGUSR1", container)
+        for waiting in (process, client):
+            waiting.communicate(timeout=TIMEOUT)
+            assert waiting.returncode == 137
+    told = events.wait_for(container, "delete", process="")
+    if containerd.runtime.is_vm:  # runc's shim promises no order
+        ends = [event for event in told if event.topic in ("/tasks/oom", "/tasks/exit")]
+        assert topics_of(ends) == ["oom", "exit", "exit"]
+        assert [event.body["id"] for event in ends[1:]] == ["open", container]
+    assert [event.exit_status for event in told if event.topic == "/tasks/exit"] == [137, 137]
+    assert topics_of(told).count("oom") == 1
+
+
+def test_a_paused_container_wants_nothing_until_it_is_resumed(
+    containerd: Containerd, events: Recorder
+) -> None:
+    with client_of(containerd, *GREEDY_LATER, flags=LIMIT) as (container, client):
+        containerd.ctr("task", "pause", container)
+        containerd.ctr("task", "kill", "--signal", "SIGUSR1", container)
+        assert containerd.task_status(container) == "PAUSED"
+        assert oom_kills(containerd, container) == 0
+        containerd.ctr("task", "resume", container)
+        client.communicate(timeout=TIMEOUT)
+        assert client.returncode == 137
+    told = topics_of(events.wait_for(container, "delete"))
+    if containerd.runtime.is_vm:  # runc's shim promises no order
+        assert told == ["create", "start", "paused", "resumed", "oom", "exit", "delete"]
+    assert told.count("oom") == 1
+
+
+def test_who_shares_a_vm_with_a_container_without_memory_lives_on(
+    containerd: Containerd,
+    events: Recorder,
+    group: Group,  # noqa: F811
+) -> None:
+    limited, neighbour = group.add(*LIMIT), group.add(*LIMIT)
+    assert containerd.exec(limited, *GREEDY, flags=["--exec-id", "greedy"]).exit_status == 137
+    told = events.wait_for(limited, "exit", process="greedy")
+    assert topics_of(told).count("oom") == 1
+    assert (oom_kills(containerd, limited), oom_kills(containerd, neighbour)) == (1, 0)
+    for member in (limited, neighbour):
+        assert containerd.exec(member, "echo", "alive").stdout == b"alive\n"
+    assert "oom" not in topics_of(events.of(neighbour))

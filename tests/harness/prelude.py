@@ -15,13 +15,16 @@ class Prelude:
     The line sees the shim's arguments; the real program is `shim`.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, beside: Path | None = None) -> None:
+        """Make the directory, with the programs in `beside` as well."""
         real = shutil.which(NAME, path=search_path())
         assert real is not None, search_path()
         self.directory = directory
         self.shim = real
         self._line = directory / "prelude.sh"
         directory.mkdir()
+        for program in beside.iterdir() if beside is not None else ():
+            (directory / program.name).symlink_to(program)
         self.line("")
         script = (
             f'#!/bin/sh\nfor last; do :; done\n[ "$last" != start ] || . {shlex.quote(str(self._line))}\n'

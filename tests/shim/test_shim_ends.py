@@ -181,3 +181,37 @@ async def test_a_shim_with_a_task_waits_for_its_containerd_for_ever(
     with trio.move_on_after(1000 * serve.IDLE_LIMIT) as scope:
         await serve.Connections(Server(), lambda: True, is_wanted=lambda: True).watch_idle(trio.Event())
     assert scope.cancelled_caught
+
+
+async def test_a_shim_whose_last_task_has_gone_does_not_wait_long_for_a_shutdown(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """containerd died in the middle of a Create or Delete, came back, and took the shim for a task."""
+    stop, busy = trio.Event(), True
+    connections = serve.Connections(Server(), lambda: busy, is_wanted=lambda: True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connections.watch_idle, stop)
+        await trio.sleep(serve.IDLE_LIMIT)
+        busy = False
+        connections.note_unused()
+        await trio.sleep(serve.SERVED_LIMIT - 1)
+        busy = True  # by a further Create, which takes its time
+        await trio.sleep(serve.IDLE_LIMIT)
+        assert not stop.is_set()
+        busy = False
+        connections.note_unused()
+        unused = trio.current_time()
+        await stop.wait()
+        assert trio.current_time() - unused == pytest.approx(serve.SERVED_LIMIT)
+
+
+async def test_a_shim_ends_although_its_last_delete_was_never_followed_by_a_shutdown(
+    shim: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "SERVED_LIMIT", 0.1)
+    container = await shim.run()
+    container.init.end(0)
+    await shim.call("Wait", id="c1")
+    await shim.call("Delete", id="c1")
+    with trio.fail_after(10):
+        await shim.ended.wait()

@@ -15,7 +15,7 @@ import time
 from shim import address, bundle
 from shim.args import Args
 
-SERVER_GRACE = 3.0  # seconds for an orderly end, its last events included; containerd kills us after 5
+SERVER_GRACE = 2.5  # seconds for an orderly end, its last events included; containerd kills us after 5
 KILL_WAIT = 0.5  # seconds until a killed process is gone
 KILLED_STATUS = 137  # 128 + SIGKILL: what containerd is told of a task that ran when its shim died
 

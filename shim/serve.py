@@ -39,7 +39,7 @@ from vc.sandbox import open_sandbox
 
 log = logging.getLogger(__name__)
 
-EVENTS_LIMIT = 2.5  # seconds for the last events: less than `delete` gives us to end in
+EVENTS_LIMIT = 2.0  # seconds for the last events: less than `delete` gives us to end in
 END_LIMIT = 10.0  # seconds for the sandbox's end at a signal
 BUNDLE_INTERVAL = 1.0  # seconds
 IDLE_LIMIT = (

@@ -182,17 +182,20 @@ def bind(source: Path, target: Path, *, read_only: bool = False, recursive: bool
     Wherever the mount travels by propagation, it is what it was when it appeared here. A remount does not
     travel, so a read-only bind must be read-only before it is anywhere: with all that is mounted below it.
 
+    What is mounted below `source` later appears at `target`, too, and never the other way round: a copy of a
+    shared mount is its peer, and unmounting it with all below would unmount what is below the source.
+
     Raises:
-        OSError: with source and target in its text; read-only binds need Linux 5.12.
+        OSError: with source and target in its text; needs Linux 5.12.
     """
     what = f"bind {str(source)!r} on {str(target)!r}"
     flags = OPEN_TREE_CLONE | os.O_CLOEXEC | (AT_RECURSIVE if recursive else 0)
     tree = _syscall(what, SYS_OPEN_TREE, AT_FDCWD, os.fsencode(source), flags)
     try:
-        if read_only:
-            attributes = struct.pack("@QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)  # set, clear, propagation, userns
-            flags = AT_EMPTY_PATH | AT_RECURSIVE
-            _syscall(what, SYS_MOUNT_SETATTR, tree, b"", flags, attributes, len(attributes))
+        # linux/mount.h, struct mount_attr: set, clear, propagation, user namespace
+        attributes = struct.pack("@QQQQ", MOUNT_ATTR_RDONLY if read_only else 0, 0, MS_SLAVE, 0)
+        flags = AT_EMPTY_PATH | AT_RECURSIVE
+        _syscall(what, SYS_MOUNT_SETATTR, tree, b"", flags, attributes, len(attributes))
         _syscall(what, SYS_MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
     finally:
         os.close(tree)

@@ -10,7 +10,7 @@ import pytest
 
 from vc.errors import InvalidArgument
 from vc.oci.mounts import MountPoint
-from vc.storage.mounts import Mount, mount, mounted_below
+from vc.storage.mounts import MS_SHARED, Mount, mount, mounted_below, unmount_below
 from vc.storage.share import Share, container_rootfs, shared_directory, volume
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -96,6 +96,30 @@ def test_a_read_only_volume_is_so_wherever_it_appears_with_all_that_is_mounted_i
             assert "Read-only file system" in elsewhere.says(f"touch {place}/x")[0]
     subprocess.run(["umount", source / "inner"], check=True)
     assert [entry.name for entry in source.iterdir()] == ["inner"]
+
+
+def test_a_container_that_goes_leaves_what_is_mounted_below_a_volume_to_the_others(
+    share: Share, tmp_path: Path
+) -> None:
+    """Symptom: with one container of a pod gone, the others saw an empty directory instead.
+
+    Cause: where mounts are shared, which is so on most hosts, a copy is the peer of what it was copied from.
+    """
+    source = tmp_path / "source"
+    source.mkdir()
+    mount("tmpfs", source, "tmpfs", 0)
+    try:
+        mount("", source, "", MS_SHARED)
+        (source / "inner").mkdir()
+        mount("tmpfs", source / "inner", "tmpfs", 0)
+        with shell() as elsewhere, volume(share, "stays", source, read_only=False) as path:
+            with volume(share, "goes", source, read_only=False):
+                mount("tmpfs", source / "inner", "tmpfs", 0)  # a later one arrives, too
+                (source / "inner" / "file").touch()
+            assert elsewhere.says(f"ls {share.shared}/{path.rpartition('/')[2]}/inner") == ["file"]
+        assert [entry.name for entry in (source / "inner").iterdir()] == ["file"]
+    finally:
+        unmount_below(source)
 
 
 def test_what_is_written_beside_the_mounts_is_refused(

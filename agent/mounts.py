@@ -225,8 +225,3 @@ def root_is_initramfs() -> bool:
 def is_mounted(target: str) -> bool:
     """Whether something is mounted exactly there."""
     return any(entry.target == target for entry in mounted())
-
-
-def make_directory(path: str) -> None:
-    """Make a directory and those above it."""
-    os.makedirs(path, exist_ok=True)

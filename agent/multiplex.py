@@ -205,6 +205,7 @@ class MuxStream(ByteStream):
         self._ended = False  # the host sends no more
         self._aborted = False  # by either side, or the session is over
         self._closed = False  # by us
+        self._sending_ended = False  # by us; we may still receive
 
     def handle(self, event: Event) -> None:
         """Take note of what happened; under the session's lock."""
@@ -276,8 +277,6 @@ class MuxStream(ByteStream):
             session.forget(self)
             self._sending_ended = True
         session.flush()
-
-    _sending_ended = False
 
     def close(self) -> None:
         """End our direction if that has not happened, and throw away what still comes."""

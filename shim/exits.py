@@ -72,6 +72,7 @@ class Exits:
         self._nursery.start_soon(self._watch, task, record)
 
     async def _watch(self, task: Task, record: ProcessRecord) -> None:
+        ended: Exit | None = None
         try:
             ended = await self._wait(record)
             timeline.mark("process ended")
@@ -83,8 +84,9 @@ class Exits:
                 await self._end_execs(task)
             if ended.status == KILLED_STATUS:
                 await self._read_stats(task)
-        except Exception:
+        except Exception:  # a bug, but an exit that nobody tells would be waited for without end
             log.exception("watching %s failed", record.name)
+        if ended is None:
             ended = Exit(KILLED_STATUS, time.time())
         self._report(task, record, ended)
         timeline.mark("exit told")

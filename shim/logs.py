@@ -88,7 +88,7 @@ class FifoHandler(logging.Handler):
                 message = f"{message}\n{formatted[-3000:]}"  # the end of a traceback says most
             level = LEVELS.get(record.levelname, "info")
             line = format_line(level, message, self._fields, at=record.created)
-        except Exception:
+        except Exception:  # a mistake in what is logged must not be one in what is done: see logging.Handler
             self.handleError(record)
             return
         if not (self._write_kept() and self._write(line)) and record.levelno >= logging.WARNING:

@@ -379,7 +379,7 @@ class Pod:
         async def run() -> None:
             try:
                 results.append(await work())
-            except Exception as exc:
+            except Exception as exc:  # the caller's
                 errors.append(exc)
             finally:
                 done.set()

@@ -143,7 +143,7 @@ class PodSandbox:
                 watchers.cancel_scope.cancel()
         except Exception:
             if not opened:
-                raise
+                raise  # to the caller; later on there is none, and the other tasks go on
             log.exception("sandbox %s did not end well", spec.id)
         finally:
             self.running = None

@@ -217,7 +217,7 @@ class ProcessIO:
                         elif copier is not None:
                             copier.close()
                     nursery.start_soon(self._copy_stdin, process)
-        except Exception:
+        except Exception:  # a bug, but the process still ends, and whoever waits for it is to be told
             log.exception("copying the streams of %s failed", self._process_id)
         finally:
             self._release()

@@ -395,5 +395,5 @@ def _run(callbacks: list[Callable[[], object]]) -> None:
     for callback in callbacks:
         try:
             callback()
-        except Exception:
+        except Exception:  # a bug of one caller's: the others are called all the same
             logger.exception("a callback of after_reply failed: %r", callback)

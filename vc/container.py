@@ -185,7 +185,7 @@ class Container:
 
         What the guest cannot do any more is skipped, so that the host is clean whatever the guest does.
         """
-        with trio.CancelScope(shield=True):
+        with trio.CancelScope(shield=True):  # the guest's part has a limit, each step of the host's its own
             with trio.move_on_after(DELETE_TIMEOUT):
                 await self._remove_quietly()
             await self.release()

@@ -29,7 +29,7 @@ from vc.agent_client.transports import Transport, open_transport
 from vc.background import background
 from vc.beginning import Beginning, Boot, VMDirectory
 from vc.errors import GuestGone, HypervisorError, VCError
-from vc.hypervisor.base import Machine, VirtioFS, VMConfig
+from vc.hypervisor.base import Machine, VMConfig
 from vc.hypervisor.parked import Parked
 from vc.monitor import HealthCheck, wait_hung
 from vc.persist.store import Layout
@@ -202,18 +202,12 @@ async def boot_vm(
     async with AsyncExitStack() as stack, spare_descriptors():
         directory = _directory(beginning, Layout(config.run_dir).vm(vmid))
         stack.callback(directory.give_back)
-        share: SharedFS | None = None
-        devices: list[VirtioFS] = []
-        if config.shared_fs is not None and shared_dir is not None:
-            share = await stack.enter_async_context(
-                virtiofsd(config.shared_fs, shared_dir, directory.path / VIRTIOFS_SOCKET)
-            )
-            devices.append(share.device)
-        machine_block = beginning.machine(
-            config, vm_dir=directory.path, vmid=vmid, netns=netns, devices=devices
-        )
+        share = await _share(stack, config, shared_dir, directory.path)
+        devices = [] if share is None else [share.device]
         try:
-            machine = await stack.enter_async_context(machine_block)
+            machine = await stack.enter_async_context(
+                beginning.machine(config, vm_dir=directory.path, vmid=vmid, netns=netns, devices=devices)
+            )
         except HypervisorError as exc:
             raise await _launch_error(vmid, share, exc) from exc
         launched = trio.current_time() - began
@@ -244,6 +238,15 @@ def _directory(beginning: Beginning, path: Path) -> VMDirectory:
         return beginning.directory(path)
     except OSError as exc:
         raise HypervisorError(f"cannot make the directory {path} of VM {path.name}: {exc.strerror}") from exc
+
+
+async def _share(
+    stack: AsyncExitStack, config: VMConfig, shared_dir: Path | None, vm_dir: Path
+) -> SharedFS | None:
+    """Start virtiofsd, if anything is to be shared. Raises: HypervisorError."""
+    if config.shared_fs is None or shared_dir is None:
+        return None
+    return await stack.enter_async_context(virtiofsd(config.shared_fs, shared_dir, vm_dir / VIRTIOFS_SOCKET))
 
 
 async def _refresh(agent: AgentClient) -> None:

@@ -48,56 +48,13 @@ SECOND_ANSWER = MAX_UINT32
 PING_SYN = encode_header(PING, SYN, SESSION_ID, 0)[:8]
 
 
-class Initiator:
-    """The side that begins. Send `data_to_send`, feed what comes to `receive_data` until it returns True.
-
-    `nonce` is a 32-bit value that no earlier attempt on this line used: take a random one.
-    `stock_peer`: the peer has no Responder; send no GoAway, and be content with what any session answers.
-    """
-
-    def __init__(self, *, nonce: int, stock_peer: bool = False) -> None:
-        if not 0 <= nonce <= MAX_UINT32:
-            raise LocalProtocolError(f"nonce {nonce} does not fit in 32 bits")
-        self.done = False
-        self.trailing_data = b""  # the session's first bytes, once done
-        self._answer = encode_header(PING, ACK, SESSION_ID, nonce if stock_peer else nonce ^ SECOND_ANSWER)
-        self._tail = b""  # the last bytes, which may be the beginning of the answer
-        self._outbox = encode_header(PING, SYN, SESSION_ID, nonce)
-        if not stock_peer:
-            self._outbox = encode_header(GO_AWAY, 0, SESSION_ID, PROTOCOL_ERROR) + self._outbox
-
-    def data_to_send(self) -> bytes:
-        """Take the bytes to write."""
-        data, self._outbox = self._outbox, b""
-        return data
-
-    def receive_data(self, data: bytes) -> bool:
-        """Look for the answer; True once it is there. What came behind it is in `trailing_data`."""
-        if self.done:
-            self.trailing_data += data
-            return True
-        data = self._tail + data
-        found = data.find(self._answer)
-        if found < 0:
-            self._tail = data[-(HEADER_SIZE - 1) :]
-            return False
-        self.done = True
-        self._tail = b""
-        self.trailing_data = data[found + HEADER_SIZE :]
-        return True
-
-
-class Responder:
-    """The side that waits. Feed what comes to `receive_data` until it returns True, then send `data_to_send`.
-
-    The answer must leave before the first byte of the new session, and after anything of the old one.
-    """
+class _Side:
+    """What both sides do: hunt for one frame, and keep what comes behind it."""
 
     def __init__(self) -> None:
         self.done = False
         self.trailing_data = b""  # the session's first bytes, once done
-        self.nonce: int | None = None
-        self._tail = b""
+        self._tail = b""  # the last bytes, which may be the beginning of the frame
         self._outbox = b""
 
     def data_to_send(self) -> bytes:
@@ -106,19 +63,61 @@ class Responder:
         return data
 
     def receive_data(self, data: bytes) -> bool:
-        """Look for a Ping SYN; True once it is there. What came behind it is in `trailing_data`."""
+        """Look for the frame; True once it is there. What came behind it is in `trailing_data`."""
         if self.done:
             self.trailing_data += data
             return True
         data = self._tail + data
-        found = data.find(PING_SYN)
-        if found < 0 or len(data) - found < HEADER_SIZE:
-            self._tail = data[found:] if found >= 0 else data[-(len(PING_SYN) - 1) :]
+        begin, self._tail = self._find(data)
+        if begin < 0:
             return False
         self.done = True
-        self._tail = b""
+        self.trailing_data = data[begin + HEADER_SIZE :]
+        return True
+
+    def _find(self, data: bytes) -> tuple[int, bytes]:
+        """Return where the frame begins, -1 if it is not there, and what may be the beginning of it."""
+        raise NotImplementedError
+
+
+class Initiator(_Side):
+    """The side that begins. Send `data_to_send`, feed what comes to `receive_data` until it returns True.
+
+    `nonce` is a 32-bit value that no earlier attempt on this line used: take a random one.
+    `stock_peer`: the peer has no Responder; send no GoAway, and be content with what any session answers.
+    """
+
+    def __init__(self, *, nonce: int, stock_peer: bool = False) -> None:
+        super().__init__()
+        if not 0 <= nonce <= MAX_UINT32:
+            raise LocalProtocolError(f"nonce {nonce} does not fit in 32 bits")
+        self._answer = encode_header(PING, ACK, SESSION_ID, nonce if stock_peer else nonce ^ SECOND_ANSWER)
+        self._outbox = encode_header(PING, SYN, SESSION_ID, nonce)
+        if not stock_peer:
+            self._outbox = encode_header(GO_AWAY, 0, SESSION_ID, PROTOCOL_ERROR) + self._outbox
+
+    def _find(self, data: bytes) -> tuple[int, bytes]:
+        found = data.find(self._answer)
+        return found, data[-(HEADER_SIZE - 1) :] if found < 0 else b""
+
+
+class Responder(_Side):
+    """The side that waits. Feed what comes to `receive_data` until it returns True, then send `data_to_send`.
+
+    The answer must leave before the first byte of the new session, and after anything of the old one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nonce: int | None = None
+
+    def _find(self, data: bytes) -> tuple[int, bytes]:
+        found = data.find(PING_SYN)
+        if found < 0:
+            return -1, data[-(len(PING_SYN) - 1) :]
+        if len(data) - found < HEADER_SIZE:
+            return -1, data[found:]
         self.nonce = HEADER.unpack_from(data, found)[4]
         for value in (self.nonce, self.nonce ^ SECOND_ANSWER):
             self._outbox += encode_header(PING, ACK, SESSION_ID, value)
-        self.trailing_data = data[found + HEADER_SIZE :]
-        return True
+        return found, b""

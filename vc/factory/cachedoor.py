@@ -105,7 +105,7 @@ async def door(endpoint: Path, pool: Pool, key: str, *, on_quit: Callable[[], No
         yield
     finally:
         ended = server.stop(GRACE)
-        with trio.CancelScope(shield=True):
+        with trio.CancelScope(shield=True):  # bounded by the wait itself
             await trio.to_thread.run_sync(ended.wait, 2 * GRACE)
         endpoint.unlink(missing_ok=True)
 

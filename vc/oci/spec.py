@@ -157,8 +157,3 @@ def root(spec: Mapping[str, Any]) -> tuple[str, bool]:
     """Return the root file system's path (relative to the bundle) and whether it is read-only."""
     found = members(spec.get("root") or {}, "root")
     return string(found.get("path") or "rootfs", "root.path"), found.get("readonly") is True
-
-
-def has_terminal(process: Mapping[str, Any]) -> bool:
-    """Tell whether a process wants a terminal."""
-    return process.get("terminal") is True

@@ -15,7 +15,6 @@ from vc.oci.spec import (
     MAX_SPEC_BYTES,
     Identity,
     Role,
-    has_terminal,
     identify,
     namespace,
     parse_spec,
@@ -88,7 +87,6 @@ def test_a_bundle_is_read(tmp_path: Path) -> None:
     found = read_spec(tmp_path)
     assert found == spec
     assert root(found) == ("r", True)
-    assert has_terminal(found["process"])
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,13 @@ from protos.containerd.task_types_pb2 import Status
 from tests.harness.containerd import TIMEOUT, Containerd
 from tests.harness.events import Event, Recorder
 from tests.harness.runtimes import ROOT
-from tests.harness.shim_client import PROCESS_TYPE, Shim
+from tests.harness.shim_client import PROCESS_TYPE, RESOURCES_TYPE, Shim
 from ttrpc.status import Code
 
 DOCUMENT = ROOT / "docs" / "contract.md"
 BLOCKS = 0.5  # seconds without an answer that prove a wait
 INSTANT = 10  # processes that end at once
 SURVIVES = 1.0  # seconds after a deadly signal that prove a process alive
-RESOURCES_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
 PROCESS = {"type_url": PROCESS_TYPE, "value": b'{"args": ["true"], "cwd": "/", "env": ["PATH=/bin"]}'}
 
 # What each row sends beside the ids.

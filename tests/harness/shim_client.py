@@ -27,6 +27,7 @@ from ttrpc.status import Code, StatusError
 
 METHODS = methods.service(task_v2_pb2.DESCRIPTOR.services_by_name["Task"])
 PROCESS_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/Process"
+RESOURCES_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
 # The annotations by which a container joins a sandbox; runc's shim has no use for them.
 POD = {"io.kubernetes.cri.container-type": "container"}
 SANDBOX_ID = "io.kubernetes.cri.sandbox-id"

@@ -16,10 +16,10 @@ from google.protobuf.empty_pb2 import Empty
 from protos.kata import agent_pb2
 from ttrpc.server import Context, Server
 from ttrpc.status import Code, StatusError
-from vc.agent_client.client import AgentClient, connected
+from vc.agent_client.client import CAUSE_GRACE, AgentClient, connected
 from vc.agent_client.transports import Transport
 from vc.container import Container
-from vc.errors import NotFound, Timeout
+from vc.errors import GuestGone, NotFound, Timeout
 from vc.process import StdioRequest
 
 HOUR = 3600.0
@@ -84,8 +84,11 @@ class Memory(Transport):
         self._nursery = nursery
         self._server = Server()
         self._server.add_service(agent_pb2.DESCRIPTOR.services_by_name["AgentService"], agent)
+        self.is_cut = False
 
     async def dial(self, port: int) -> trio.abc.HalfCloseableStream:
+        if self.is_cut:
+            raise GuestGone("the line ended")
         ours, theirs = trio.testing.memory_stream_pair()
         self._nursery.start_soon(self._server.serve_stream, theirs)
         return ours
@@ -124,6 +127,27 @@ async def test_a_signal_to_an_agent_that_does_not_answer_is_given_up(
     async with client_of(SlowAgent()) as client:
         with pytest.raises(Timeout):
             await client.signal_process("c1", "", 15)
+
+
+@pytest.mark.parametrize("told_after", [CAUSE_GRACE / 2, HOUR], ids=["told", "untold"])
+async def test_a_stream_that_cannot_be_had_is_explained_by_the_end_of_the_vm(
+    autojump_clock: trio.testing.MockClock, told_after: float
+) -> None:
+    """A start in whose middle QEMU died failed with "connection reset by peer": the line ends earlier."""
+    async with trio.open_nursery() as nursery:
+        transport = Memory(nursery, SlowAgent())
+        async with connected(transport) as client:
+            transport.is_cut = True
+
+            async def tell() -> None:
+                await trio.sleep(told_after)
+                client.fail(GuestGone("QEMU was killed"))
+
+            nursery.start_soon(tell)
+            expected = "QEMU was killed" if told_after < CAUSE_GRACE else "the line ended"
+            with pytest.raises(GuestGone, match=expected):
+                await client.dial(7)
+            nursery.cancel_scope.cancel()
 
 
 def container_of(client: AgentClient, nursery: trio.Nursery) -> Container:

@@ -303,7 +303,12 @@ class AgentClient:
         """Connect to a port that the agent announced by accepting it in a request."""
         if self._failure is not None:
             raise GuestGone(str(self._failure))
-        return await self._transport.dial(port)
+        try:
+            return await self._transport.dial(port)
+        except GuestGone as exc:
+            with trio.move_on_after(CAUSE_GRACE):  # as for the connection of the calls
+                raise await self.wait_failed() from exc
+            raise
 
 
 def _count(stats: agent_pb2.StatsContainerResponse) -> int:

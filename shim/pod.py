@@ -26,6 +26,7 @@ from vc.errors import AlreadyExists, GuestGone, InvalidArgument, NotFound, VCErr
 from vc.oci import spec as oci
 from vc.oci.translate import check_workload
 from vc.storage.look import look
+from vc.storage.mounts import refuse_mapped_owners
 from vc.storage.share import check_root
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class Pod:
                 raise InvalidArgument(f"{request.bundle}/config.json has no process to run")
             identity = identity_of(request, spec)
             # A mistake shall not cost a boot.
+            refuse_mapped_owners(request.rootfs)
             await trio.to_thread.run_sync(check_workload, spec, look)
             if not request.rootfs:
                 await trio.to_thread.run_sync(check_root, Path(request.bundle, oci.root(spec)[0]))

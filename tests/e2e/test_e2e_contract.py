@@ -100,6 +100,13 @@ Exec           ALREADY_EXISTS       ALREADY_EXISTS      ALREADY_EXISTS  OK -> cr
 """
 
 RUNTIMES = {"ours": "io.containerd.kata.v2", "runc": "io.containerd.runc.v2"}
+REPEATED = """
+Each event is told once, and those of one shim in their order, with one exception: if the connection ends, or
+the time, between an event and containerd's answer to it, nobody knows whether it was heard. Then it is told
+again, unchanged and in its place: a repeated exit harms nobody, a lost one is waited for in vain. runc's shim
+repeats it, too, but later ones may overtake it. The test of that is
+`test_an_event_whose_answer_is_lost_comes_again_in_its_place_and_unchanged`.
+"""
 INTRODUCTION = """\
 # The Task service, call by call
 
@@ -433,7 +440,7 @@ def rendered() -> str:
     parts += ["\n## Events\n", row_of(["history", "ours", "runc's"]), row_of(["---"] * 3)]
     for what in HISTORIES:
         parts.append(row_of([what, *(", ".join(history(runtime, what)) for runtime in RUNTIMES)]))
-    parts.append(f"\n`delete` of an exec: {EXEC_DELETE}.\n")
+    parts += [REPEATED, f"`delete` of an exec: {EXEC_DELETE}.\n"]
     parts += [row_of(["event", "its fields, but for those that are zero"]), row_of(["---"] * 2)]
     parts += [row_of([topic, ", ".join(sorted(fields))]) for topic, fields in CARRIES.items()]
     return "\n".join(parts) + "\n"

@@ -5,9 +5,11 @@ with a life of its own would do; the rest are flags that need a container of the
 as well: what is expected here is what clients know from there.
 """
 
+import io
 import json
 import re
 import subprocess
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,7 @@ def dressed(containerd: Containerd) -> Iterator[Dressed]:
     try:
         containerd.ctr("container", "create", *flags, "--", IMAGE, container, "sh", "-c", WORKLOAD)
         started = ["--detach", "--pid-file", str(pid_file), "--log-uri", f"file://{log}"]
+        started += ["--no-pivot"] if containerd.version() >= (1, 7) else []
         containerd.ctr("task", "start", *started, container)
         yield Dressed(container, pid_file, log)
     finally:
@@ -157,15 +160,66 @@ def test_a_signal_has_a_number_and_two_names(containerd: Containerd, dressed: Dr
         assert (output, client.returncode) == (b"caught\n", 5)
 
 
-def test_checkpoints_are_refused_in_words_and_end_nothing(
-    containerd: Containerd, vm_runtime: Runtime, dressed: Dressed
+def kept_by(containerd: Containerd) -> tuple[set[bytes], set[bytes]]:
+    """Return the images and the content that the daemon has."""
+    images, content = (containerd.ctr(what, "ls", "--quiet").stdout for what in ("image", "content"))
+    return set(images.split()), set(content.split())
+
+
+def layer_of(containerd: Containerd, image: str) -> tarfile.TarFile:
+    """Return the layer in a checkpoint's index: what the container wrote."""
+    [line] = [row for row in containerd.ctr("image", "ls").stdout.decode().splitlines() if image in row]
+    index = json.loads(containerd.ctr("content", "get", line.split()[2]).stdout)
+    [layer] = [entry for entry in index["manifests"] if "layer" in entry["mediaType"]]
+    data = containerd.ctr("content", "get", layer["digest"]).stdout
+    return tarfile.open(fileobj=io.BytesIO(data), mode="r:gz")
+
+
+def test_a_checkpoint_has_the_files_of_a_container_that_goes_on(
+    containerd: Containerd, dressed: Dressed, events: Recorder
 ) -> None:
-    """Not on runc, which makes them where CRIU is installed."""
-    for arguments in (["task", "checkpoint"], ["container", "checkpoint", "--task"]):
-        operands = [dressed.id] if arguments[0] == "task" else [dressed.id, "localhost/checkpoint:1"]
-        refused = containerd.ctr(*arguments, *operands, check=False)
+    """`ctr` restores none of these, whatever the runtime is: the spec is only in one that has a task."""
+    image = "localhost/checkpoint:files"
+    # Not in a directory of the image: overlayfs copies that to the upper layer first, by a work directory
+    # that each `ctr task exec --user NAME` takes away: it mounts the layers of a running container again.
+    assert containerd.exec(dressed.id, "sh", "-c", "echo mark >/marked").exit_status == 0
+    try:
+        containerd.ctr("container", "checkpoint", "--image", "--rw", dressed.id, image)
+        assert containerd.task_status(dressed.id) == "RUNNING"
+        events.wait_for(dressed.id, "resumed")
+        assert events.topics(dressed.id).count("paused") == 1
+        with layer_of(containerd, image) as layer:
+            marked = layer.extractfile("marked")
+            assert marked is not None
+            assert marked.read() == b"mark\n"
+        for flags in ([], ["--rw"], ["--live"]):
+            restored = containerd.new_id("restored")
+            refused = containerd.ctr("container", "restore", *flags, restored, image, check=False)
+            assert (refused.exit_status, refused.stderr) == (1, b"ctr: media type not found\n"), refused
+            assert restored not in containerd.ctr("container", "ls", "--quiet").stdout.decode().split()
+            containerd.ctr("snapshots", "rm", restored, check=False)  # of the client's attempt
+    finally:
+        containerd.ctr("image", "rm", "--sync", image, check=False)
+
+
+def test_checkpoints_are_refused_in_words_and_end_nothing(
+    containerd: Containerd, vm_runtime: Runtime, dressed: Dressed, tmp_path: Path
+) -> None:
+    """Not on runc, which makes them where CRIU is installed. A client pauses the task before it asks."""
+    before = kept_by(containerd)
+    image, paths = "localhost/checkpoint:task", ["--image-path", str(tmp_path), "--work-path", str(tmp_path)]
+    for arguments in (
+        ["task", "checkpoint", dressed.id],
+        ["task", "checkpoint", "--exit", *paths, dressed.id],
+        ["container", "checkpoint", "--task", dressed.id, image],
+        ["container", "checkpoint", "--task", "--image", "--rw", dressed.id, image],
+    ):
+        refused = containerd.ctr(*arguments, check=False)
         assert refused.exit_status != 0
         assert b"checkpoints of tasks are not supported" in refused.stderr, refused
+        assert containerd.task_status(dressed.id) == "RUNNING"
+    assert kept_by(containerd) == before
+    assert list(tmp_path.iterdir()) == []
     assert containerd.exec(dressed.id, "echo", "alive").stdout == b"alive\n"
 
 
@@ -217,3 +271,51 @@ def test_a_root_of_the_client_in_a_network_namespace_of_the_client(
     finally:
         holder.kill()
         holder.wait()
+
+
+# Of all calls, this profile refuses those that make a directory, with "No space left on device" (errno.h).
+NO_DIRECTORIES = {
+    "defaultAction": "SCMP_ACT_ALLOW",
+    "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 28}],
+}
+
+
+def test_a_root_of_another_snapshotter_and_what_is_left_of_the_flags(
+    containerd: Containerd, tmp_path: Path
+) -> None:
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps(NO_DIRECTORIES))
+    flags = ["--snapshotter", "native", "--snapshotter-label", "made=by hand", "--platform", "linux/amd64"]
+    flags += ["--seccomp", "--seccomp-profile", str(profile), "--net-host"]
+    flags += ["--rootfs-propagation", "rslave", "--runc-root", str(tmp_path / "runc")]
+    script = "mkdir /x; cat /etc/hosts; touch /home/new && echo done"
+    result = containerd.run("sh", "-c", script, flags=flags)
+    assert b"No space left on device" in result.stderr, result
+    assert result.stdout == Path("/etc/hosts").read_bytes() + b"done\n"
+    assert result.exit_status == 0
+
+
+def test_a_container_is_what_a_file_says(containerd: Containerd, no_leaks: NoLeaks) -> None:
+    """The file is the spec that the client told of another container.
+
+    That one's snapshot was to be kept, which is no promise: it is nobody's then, and the daemon collects it.
+    """
+    root = containerd.directory / "root-of-file"
+    unpack_image(root)
+    other = containerd.new_id()
+    containerd.ctr("container", "create", "--runtime", containerd.runtime.name, IMAGE, other, "cat", "/mark")
+    spec = json.loads(containerd.ctr("container", "info", "--spec", other).stdout)
+    containerd.ctr("container", "rm", "--keep-snapshot", other)
+    assert other not in containerd.ctr("container", "ls", "--quiet").stdout.decode().split()
+    (root / "mark").write_text("of the file\n")
+    spec["root"]["path"] = str(root)
+    file = containerd.directory / "spec.json"
+    file.write_text(json.dumps(spec))
+    with no_leaks():
+        container = containerd.new_id()
+        flags = ["--runtime", containerd.runtime.name, "--config", str(file)]
+        containerd.ctr("container", "create", *flags, container)
+        started = containerd.ctr("task", "start", "--fifo-dir", f"{containerd.directory}/fifo", container)
+        assert started.stdout == b"of the file\n"
+        assert containerd.task_status(container) is None, "a client that stayed deletes the task"
+        containerd.ctr("container", "rm", container)

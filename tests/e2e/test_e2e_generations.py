@@ -32,8 +32,10 @@ from tests.e2e.test_e2e_crashes import (  # noqa: F401
 )
 from tests.e2e.test_e2e_ctr import (  # noqa: F401
     dressed,
+    test_a_checkpoint_has_the_files_of_a_container_that_goes_on,
     test_a_container_without_a_task_is_listed_and_deleted,
     test_a_detached_exec_outlives_its_client_and_is_deleted_by_its_id,
+    test_checkpoints_are_refused_in_words_and_end_nothing,
     test_the_client_is_told_of_a_container_what_it_was_created_with,
     test_the_flags_of_an_exec,
     test_the_output_of_a_started_task_is_in_its_log,
@@ -221,6 +223,27 @@ def test_the_runtime_options_name_the_configuration(
         refused = containerd.run("true", flags=["--runtime-config-path", str(missing)])
         assert refused.exit_status != 0
         assert str(missing).encode() in refused.stderr, refused
+
+
+def test_what_the_flags_that_came_after_1_6_are_in_the_container(containerd: Containerd) -> None:
+    """A set of processors names the host's and is the VM's own business; runc has it where the host can."""
+    flags = ["--hostname", "of-the-flag", "--user", "1000:10", "--privileged"]
+    flags += ["--privileged-without-host-devices"]
+    if containerd.version() >= (2, 0):
+        flags += ["--cpuset-cpus", "0", "--cpuset-mems", "0", "--sync-fs"]
+    result = containerd.run("sh", "-c", "hostname; id -u; id -g; ls /dev/fuse /dev/kvm", flags=flags)
+    assert result.stdout == b"of-the-flag\n1000\n10\n", result
+
+
+def test_a_user_namespace_is_refused_in_words(
+    containerd: Containerd, vm_runtime: Runtime, no_leaks: NoLeaks
+) -> None:
+    """From 2.0 on the mapping is in the root's mounts as well, which the kernel refused without a word."""
+    flags = ["--uidmap", "0:100000:1000", "--gidmap", "0:100000:1000", "--remap-labels"]
+    with no_leaks():
+        result = containerd.run("true", flags=flags)
+    assert result.exit_status != 0
+    assert b"run the container without a user namespace" in result.stderr, result
 
 
 @pytest.mark.from_cache

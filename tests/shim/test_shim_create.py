@@ -49,6 +49,15 @@ async def test_a_missing_root_is_refused_before_there_is_a_sandbox(shim: Shim) -
     assert not shim.sandboxes
 
 
+async def test_a_root_with_mapped_owners_is_refused_before_there_is_a_sandbox(shim: Shim) -> None:
+    """containerd 2 orders it for a user namespace; it cost a boot, and the kernel gave no reason."""
+    mapped = types_pb2.Mount(type="overlay", source="overlay", options=["index=off", "uidmap=0:100000:1000"])
+    refused = await shim.fails("Create", id="c1", bundle=shim.bundle("c1"), rootfs=[mapped])
+    assert refused.code == Code.UNIMPLEMENTED
+    assert "run the container without a user namespace" in refused.message
+    assert not shim.sandboxes
+
+
 async def test_the_request_decides_about_the_terminal(shim: Shim) -> None:
     await shim.create(terminal=True)
     assert shim.container().spec["process"]["terminal"] is True

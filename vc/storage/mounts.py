@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from vc.errors import VCError
+from vc.errors import Unsupported, VCError
 from vc.storage.beneath import directory_below, directory_without_links
 
 # linux/mount.h, MS_*
@@ -147,6 +147,17 @@ def parse_options(words: Iterable[str]) -> Options:
         elif not word.startswith(PRIVATE_PREFIX) and word:
             data.append(word)
     return Options(flags, propagation, ",".join(data), loop)
+
+
+def refuse_mapped_owners(mounts: Iterable[Mount]) -> None:
+    """Refuse roots whose owners are to be mapped, as for a user namespace. Raises: Unsupported."""
+    for entry in mounts:
+        for word in entry.options:
+            if word.startswith(("uidmap=", "gidmap=")):
+                raise Unsupported(
+                    f"option {word!r} of the root file system is not supported: run the container without a "
+                    "user namespace, for the VM has a kernel of its own"
+                )
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -283,6 +283,11 @@ async def open_sandbox(
     config = apply_annotations(config, spec.annotations)
     for warning in config.warnings:
         log.warning("%s", warning)
+    if config.hypervisor.shared_fs == "none":
+        raise Unsupported(
+            'shared_fs = "none": there is no other way yet for the files of containers into the guest; '
+            'set it to "virtio-fs"'
+        )
     layout = Layout(config.runtime.run_dir)
     vmid = secrets.token_hex(8)
     async with AsyncExitStack() as stack, spare_descriptors():

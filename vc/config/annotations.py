@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 from vc.config.ignored import IGNORED
 from vc.config.kinds import Refused, describe
-from vc.config.load import brief, contradictions, file_problem, host_cpus, settle
+from vc.config.load import NO_HOST_NETWORK, brief, contradictions, file_problem, host_cpus, settle
 from vc.config.schema import (
     MIN_MEMORY_MIB,
     AgentConfig,
@@ -65,6 +65,8 @@ def apply_annotations(config: Config, annotations: Mapping[str, str], cpus: int 
     _check_sizes(config.hypervisor, hypervisor, cpus)
     agent = _section(config.agent, AGENT, _below(ours, AGENT), _AGENT_PROMISES, warnings)
     runtime = _section(config.runtime, RUNTIME, _below(ours, RUNTIME), frozenset(), warnings)
+    if runtime.disable_new_netns and not config.runtime.disable_new_netns:
+        warnings.append(f"annotation {RUNTIME}disable_new_netns: {NO_HOST_NETWORK}")
     changed = replace(
         config,
         hypervisor=hypervisor,

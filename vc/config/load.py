@@ -194,6 +194,8 @@ def _build(loading: _Loading, source: Path) -> Config:
             f"{source}: hypervisor.qemu.default_memory is {hypervisor.default_memory} MiB; "
             f"a guest may not boot with less than {MIN_MEMORY_MIB}"
         )
+    if runtime.disable_new_netns:
+        loading.warnings.append(f"{source}: {NO_HOST_NETWORK}")
     return replace(config, warnings=tuple(loading.warnings))
 
 
@@ -232,6 +234,11 @@ def _unknown(loading: _Loading, section: str, name: str, setting: Setting, known
     else:
         hint = _did_you_mean(name, (*known, *ignored))
         loading.problems.append(f"{where} = {describe(setting.value)} is an unknown key{hint}")
+
+
+NO_HOST_NETWORK: Final = (
+    "runtime.disable_new_netns = true has no effect: it is not implemented, and a VM has no interface anyway"
+)
 
 
 def contradictions(config: Config) -> list[str]:

@@ -87,6 +87,8 @@ def test_agent_and_runtime_keys_change_without_permission() -> None:
         internetworking_model="none",
         disable_new_netns=True,
     )
+    [warning] = changed.warnings
+    assert "disable_new_netns" in warning and "has no effect" in warning
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,8 @@ def test_a_key_that_does_nothing_here_warns_when_it_asks_for_something(home: Pat
 
 def test_little_memory_warns(home: Path) -> None:
     assert "default_memory is 128 MiB" in minimal(home, "default_memory = 128").warnings[0]
+    runtime = '\n[runtime]\ninternetworking_model = "none"\ndisable_new_netns = true\n'
+    assert "disable_new_netns = true has no effect" in minimal(home, runtime).warnings[0]
 
 
 def test_drop_ins_override_key_by_key_in_the_order_of_their_names(home: Path) -> None:

@@ -28,7 +28,10 @@ def copy_file(root: str, request: messages.CopyFileRequest) -> None:
     base = f"{root}/{SHARE}"
     if not request.path.startswith(f"{base}/") or ".." in request.path.split("/"):
         raise InvalidArgument(f'path "{request.path}" is not below {base}')
-    *parents, name = [part for part in request.path[len(base) :].split("/") if part not in ("", ".")]
+    parts = [part for part in request.path[len(base) :].split("/") if part not in ("", ".")]
+    if not parts:
+        raise InvalidArgument(f'path "{request.path}" names nothing below {base}')
+    *parents, name = parts
     os.makedirs(base, exist_ok=True)
     directory = _open_parents(base, parents, request.dir_mode or 0o750)
     try:

@@ -35,7 +35,7 @@ step() {
     log=$(mktemp)
     # Not `"$@" || status=$?`: behind || bash ignores -e in everything that is called.
     set +e
-    (set -e && "$@") >"$log" 2>&1 9>&-
+    (set -e && "$@") 3>&2 >"$log" 2>&1 9>&-
     status=$?
     set -e
     elapsed=$((${EPOCHREALTIME/./} - began))
@@ -48,6 +48,11 @@ step() {
         return 0
     fi
     rm -f "$log"
+}
+
+# tell TEXT: a line for the user from within a step, whose own output is only shown if it fails.
+tell() {
+    printf '%s\n' "$*" >&3
 }
 
 # What the host must have: a Debian package and a file that proves it is there.

@@ -180,6 +180,8 @@ async def test_files_are_copied_piece_by_piece_and_never_outside(guest: Guest) -
         with pytest.raises(StatusError):
             await guest.call("CopyFile", path=outside, file_mode=stat.S_IFREG | 0o644, data=b"x")
     assert not Path("/etc/planted").exists()
+    with pytest.raises(StatusError, match="names nothing"):
+        await guest.call("CopyFile", path=f"{share}/./", file_mode=stat.S_IFREG | 0o644, data=b"x")
 
 
 async def test_a_newer_wait_for_events_takes_over(guest: Guest) -> None:

@@ -11,7 +11,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from agent import cgroups, jsontext, oci, process
+from agent import cgroups, jsontext, mounts, oci, process
 from agent.errors import AlreadyExists, InvalidArgument, RuntimeFailed, WrongState, no_exec
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Container:
         self.spec: oci_messages.Spec | None = None
         self.storages: list[str] = []  # mount points, in the order of their mounting
         self.submounts: list[str] = []  # directories of the share: see `mounts.keep_submount`
+        self.namespace = -1  # of its mounts: see `mounts.hold_namespace`
         self.cgroup = cgroups.Cgroup({})
         self.init: Process | None = None
         self._execs: dict[str, Process] = {}
@@ -81,6 +82,7 @@ class Container:
             uid=spec.Process.User.UID,
             pipe_size=self._pipe_size,
         )
+        self.namespace = mounts.hold_namespace(self.init.pid)
         self.cgroup = cgroups.of_process(self.init.pid)
         self._move(CREATING, CREATED)
         self.init.on_end(self._init_ended)

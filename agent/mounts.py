@@ -186,19 +186,43 @@ def keep_submount(path: str) -> None:
         pass  # a file, or nothing at all: whoever mounts it tells
 
 
+def hold_namespace(pid: int) -> int:
+    """Keep the mounts of a process beyond its end, until `drop_namespace`; returns what that takes.
+
+    The reason is that of `keep_submount`: a container also walks into file systems that the host has below a
+    volume, and nobody knows of those beforehand.
+    """
+    try:
+        return os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1  # it has ended, and its mounts with it
+
+
+def drop_namespace(fd: int, share: str) -> None:
+    """Let the mounts of a process go that has ended, if nobody else has them."""
+    if fd >= 0:
+        _wait_answered(share)
+        os.close(fd)
+
+
 def drop_submount(path: str) -> None:
-    """End what `keep_submount` kept, once nobody else uses it.
+    """End what `keep_submount` kept, once nobody else uses it."""
+    if is_mounted(path):
+        _wait_answered(path)
+        unmount(path)
+
+
+def _wait_answered(path: str) -> None:
+    """Wait until the host has answered what a process that has ended had still asked for.
 
     virtiofsd serves one request after the other. When it has answered the first of two, it has answered what
     was read ahead; when it has answered the second, the end of that file as well.
     """
-    if is_mounted(path):
-        try:
-            os.statvfs(path)
-            os.statvfs(path)
-        except OSError:
-            pass  # the host was faster
-        unmount(path)
+    try:
+        os.statvfs(path)
+        os.statvfs(path)
+    except OSError:
+        pass  # the host was faster
 
 
 def is_removed(path: str) -> bool:

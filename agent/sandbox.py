@@ -256,9 +256,11 @@ class Sandbox:
         init = container.init
         if init is not None and self._shared_pid_namespace == f"/proc/{init.pid}/ns/pid":
             self._shared_pid_namespace = ""
+        share = f"{self.root}/{files.SHARE}/"
+        mounts.drop_namespace(container.namespace, share)
+        container.namespace = -1
         for path in container.submounts:
             mounts.drop_submount(path)
-        share = f"{self.root}/{files.SHARE}/"
         # What lies directly in the share: the host removes it with all below.
         entries = {share + path.removeprefix(share).partition("/")[0] for path in container.submounts}
         with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -291,6 +292,31 @@ async def test_a_failed_creation_gives_its_storages_back(guest: Guest) -> None:
         storages=[good, bad],
     )
     assert str(mount_point) not in Path(f"/proc/{guest.agent.pid}/mountinfo").read_text()
+
+
+async def test_the_mounts_of_a_container_live_until_it_is_removed(guest: Guest) -> None:
+    """Symptom: a guest panicked ("VFS: Busy inodes", kernel BUG at fs/super.c) when a process ended that read
+    in a file system below a volume.
+
+    virtiofs mounts such a file system for the container alone. Linux 6.1 does not survive that it is
+    unmounted, in the end of the container's last process, while something of it is still on its way.
+    """
+
+    def namespaces() -> set[str]:
+        found = set()
+        for descriptor in Path(f"/proc/{guest.agent.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                found.add(str(descriptor.readlink()))
+        return {link for link in found if link.startswith("mnt:")}
+
+    before = namespaces()
+    container = await guest.start("/bin/busybox", "readlink", "/proc/self/ns/mnt")
+    (kept,) = namespaces() - before
+    assert await guest.read_all(container) == f"{kept}\n".encode()
+    await guest.wait(container)
+    assert kept in namespaces()
+    await guest.remove(container)
+    assert namespaces() == before
 
 
 def count(directory: str) -> int:

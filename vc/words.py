@@ -1,4 +1,4 @@
-"""Words of the guest, made fit to be shown: on one line, without control characters, and not too long.
+"""Words of others, the guest above all, made fit to be shown: on one line, without control characters, short.
 
 They end up in containerd's log and on the terminals of its clients.
 """

@@ -41,6 +41,7 @@ from vc.hypervisor.parked import (
     parse_parked_untrusted,
 )
 from vc.unixsock import connect_nowait
+from vc.words import reason
 
 TIMEOUT = 3.0  # seconds for an answer; a server that works gives it in a few milliseconds
 MAX_REQUEST = 512  # bytes
@@ -143,7 +144,7 @@ def _parse_answer_untrusted(data: bytes, descriptors: list[int]) -> Parked:
     if not data:
         raise HypervisorError("the cache died while it handed one over")
     try:
-        why = str(json.loads(data)["refused"])
+        why = reason(str(json.loads(data)["refused"]))
     except (ValueError, TypeError, KeyError, RecursionError) as exc:
         close_all(descriptors)
         raise HypervisorError(f"the cache's answer is none: {data[:100]!r}") from exc

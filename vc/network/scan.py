@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 LOOPBACK = "lo"
+ENTER_TIMEOUT = 5.0  # seconds; it takes some milliseconds, and what it tells is only for the log
 
 
 def parse_interfaces(text: str) -> list[str]:
@@ -27,6 +28,7 @@ def interfaces_of(pid: int, netns: str = "") -> list[str]:
         if not netns or Path(f"/proc/{pid}/ns/net").samefile(netns):
             return parse_interfaces(Path(f"/proc/{pid}/net/dev").read_text())
         argv = ["nsenter", f"--net={netns}", "--", "cat", "/proc/self/net/dev"]
-        return parse_interfaces(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=ENTER_TIMEOUT)
+        return parse_interfaces(done.stdout)
+    except (OSError, subprocess.SubprocessError):
         return []

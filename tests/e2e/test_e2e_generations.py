@@ -331,8 +331,10 @@ def test_a_sandbox_of_the_client_is_there_before_and_after_its_containers(
     sandbox.create(pod=pod_config("pod-7"))
     assert sandbox.ask("Status").state == NOT_READY
     assert containerd.runtime.run_dir is not None
-    assert not list(containerd.runtime.run_dir.glob("vm/*")), "it is prepared, and nothing runs yet"
+    record = containerd.runtime.run_dir / "sbs" / f"{containerd.namespace}--{sandbox.id}"
+    assert not record.exists(), "it is prepared, and nothing runs yet"
     sandbox.ask("Start")
+    assert record.exists()
     status = sandbox.ask("Status")
     assert (status.state, Path(f"/proc/{status.pid}/exe").readlink().name) == (READY, "qemu-system-x86_64")
 
@@ -359,7 +361,7 @@ def test_a_sandbox_of_the_client_is_there_before_and_after_its_containers(
         ended = sandbox.answer(over)
         assert ended is None or ended.exit_status == 0
         assert sandbox.ask("Status").state == NOT_READY
-        assert not list(containerd.runtime.run_dir.glob("vm/*"))
+        assert not record.exists()
         assert containerd.task_status(third) == "STOPPED"
         assert containerd.delete_task(third) == 137
         events.wait_for(third, "delete")

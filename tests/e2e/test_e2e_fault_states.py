@@ -178,7 +178,7 @@ def use_up_the_hosts_memory(pod: Pod) -> None:
         wait_until(lambda: read_process(vmm.pid) is None)
 
 
-QEMU_KILLED = Blow("qemu", kill_program("qemu"), r"QEMU \(pid \d+\) was killed by SIGKILL[^;]")
+QEMU_KILLED = Blow("qemu", kill_program("qemu"), r"QEMU \(pid \d+\) was killed by SIGKILL(?!; it was)")
 HUNG = Blow("hung", stop_vmm, r"the guest hangs: its agent did not answer a health check", is_silent=True)
 BLOWS = (
     QEMU_KILLED,
@@ -196,7 +196,13 @@ BLOWS = (
         r".*last console lines: .*Attempted to kill init",
         inside=True,
     ),
-    Blow("cut-off", lambda pod: pod.neighbour_runs("sh", "-c", CUT_OFF), r".*", inside=True, is_silent=True),
+    Blow(
+        "cut-off",
+        lambda pod: pod.neighbour_runs("sh", "-c", CUT_OFF),
+        r"the guest hangs: its agent did not answer a health check",
+        inside=True,
+        is_silent=True,
+    ),
     Blow(
         "host-oom",
         use_up_the_hosts_memory,

@@ -153,7 +153,7 @@ def test_an_agent_that_is_cut_off_is_noticed_and_its_vm_killed(
             assert waiting.returncode == 137
     history = events.wait_for(container, "delete")
     assert [event.exit_status for event in history if event.topic == "/tasks/exit"] == [137, 137]
-    assert re.search(r"sandbox .* is gone: ", containerd.log_since(offset))
+    assert re.search(r"sandbox .* is gone: the guest hangs: its agent did not", containerd.log_since(offset))
 
 
 @pytest.mark.from_cache

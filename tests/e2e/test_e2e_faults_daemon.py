@@ -220,7 +220,7 @@ def test_vms_that_die_while_the_daemon_is_away_are_told_of_afterwards(
                 said = rf"{pod.group}: VM \S+ is gone: QEMU \(pid \d+\) was killed by SIGKILL"
                 wait_until(lambda said=said: re.search(said, daemon.log_since(offset, MUCH)) is not None)
                 assert daemon.delete_task(pod.container) == pod.status
-                events.wait_for(pod.container, "delete", process="", timeout=TIMEOUT)
+                events.wait_for(pod.container, "delete", timeout=TIMEOUT)
             histories = [events.of(pod.container) for pod in pods]
     exits = [[event.exit_status for event in told if event.topic == "/tasks/exit"] for told in histories]
     assert exits == [[137], [137], [137, 137]]

@@ -84,7 +84,7 @@ def test_a_container_without_memory_takes_its_open_execs_along(
         for waiting in (process, client):
             waiting.communicate(timeout=TIMEOUT)
             assert waiting.returncode == 137
-    told = events.wait_for(container, "delete", process="")
+    told = events.wait_for(container, "delete")
     if containerd.runtime.is_vm:  # runc's shim promises no order
         ends = [event for event in told if event.topic in ("/tasks/oom", "/tasks/exit")]
         assert topics_of(ends) == ["oom", "exit", "exit"]

@@ -66,12 +66,16 @@ class Recorder:
     ) -> list[Event]:
         """Wait until `container` has had an event of `topic` (without /tasks/); return all of its events.
 
-        `process` is the id of the only process whose events count.
+        `process` is the id of the only process whose events count. Without it a "delete" is the container's
+        own, its last event: that of an exec, which may come earlier, has an id.
         """
 
+        def counts(event: Event) -> bool:
+            found = event.body.get("id", "")
+            return found == process if process or topic == "delete" else True
+
         def seen() -> bool:
-            wanted = [event for event in self.of(container) if process in ("", event.body.get("id"))]
-            return f"/tasks/{topic}" in [event.topic for event in wanted]
+            return f"/tasks/{topic}" in [event.topic for event in self.of(container) if counts(event)]
 
         with self._changed:
             if self._changed.wait_for(seen, timeout):

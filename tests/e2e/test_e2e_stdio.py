@@ -84,12 +84,12 @@ def logs(containerd: Containerd, request: pytest.FixtureRequest) -> Path:
     return directory
 
 
-def logger(directory: Path, program: str) -> str:
+def logger(directory: Path, program: str, scheme: str = "binary") -> str:
     """Install a logging program, and return its URI."""
     path = directory / "logger"
     path.write_text(program)
     path.chmod(0o755)
-    return f"binary://{path}?directory={directory}"
+    return f"{scheme}://{path}?directory={directory}"
 
 
 def logged_exec(container: str, uri: str, script: str, exec_id: str = "") -> list[str]:
@@ -119,16 +119,19 @@ def read_exactly(stream: IO[bytes] | None, size: int) -> bytes:
 
 
 @pytest.mark.usefixtures("vm_runtime")
+@pytest.mark.parametrize("scheme", ["binary", "binary-v2"])
 def test_a_logging_program_is_waited_for_and_told_whom_it_logs(
-    containerd: Containerd, shared: str, logs: Path
+    containerd: Containerd, shared: str, logs: Path, scheme: str
 ) -> None:
     """Not on runc, whose shim runs no other process of the container while it waits for the program."""
     os.mkfifo(logs / "gate")
-    uri = logger(logs, GATED_LOGGER.format(python=sys.executable))
-    script = "touch /tmp/gated; echo out; echo err >&2; exit 6"
+    uri = logger(logs, GATED_LOGGER.format(python=sys.executable), scheme)
+    script = f"touch /tmp/gated-{scheme}; echo out; echo err >&2; exit 6"
     client = containerd.popen(*logged_exec(shared, uri, script, exec_id="logged"))
     wait_until((logs / "waiting").exists)
-    assert containerd.exec(shared, "test", "-e", "/tmp/gated").exit_status == 1  # it does not run yet
+    assert (
+        containerd.exec(shared, "test", "-e", f"/tmp/gated-{scheme}").exit_status == 1
+    )  # it does not run yet
     (logs / "gate").write_text("")
     client.communicate(timeout=TIMEOUT)
     assert client.returncode == 6
@@ -136,6 +139,21 @@ def test_a_logging_program_is_waited_for_and_told_whom_it_logs(
     assert ((logs / "stdout").read_text(), (logs / "stderr").read_text()) == ("out\n", "err\n")
     said = f"directory {logs} CONTAINER_ID=logged CONTAINER_NAMESPACE={containerd.namespace}\n"
     assert (logs / "done").read_text() == said
+
+
+@pytest.mark.usefixtures("vm_runtime")
+def test_a_logging_program_of_version_2_must_say_that_it_is_ready(
+    containerd: Containerd, shared: str, logs: Path
+) -> None:
+    """containerd 2.3 brought it: with `binary`, a program that says nothing and one that fails look alike.
+
+    Not on runc, whose shim of an older containerd does not know it.
+    """
+    uri = logger(logs, SIMPLE_LOGGER, "binary-v2")
+    result = containerd.ctr(*logged_exec(shared, uri, "touch /tmp/unlogged"), check=False)
+    assert result.exit_status != 0
+    assert b"ended without saying that it is ready" in result.stderr, result
+    assert containerd.exec(shared, "test", "-e", "/tmp/unlogged").exit_status == 1
 
 
 def test_a_container_with_a_logging_program_needs_no_client(

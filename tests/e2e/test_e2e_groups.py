@@ -14,6 +14,7 @@ from tests.harness.events import Recorder
 from tests.harness.leaks import shim_socket
 from tests.harness.processes import Process, kill, read_process
 from vc.hypervisor.children import descendants
+from vc.storage.mounts import mount, unmount_below
 
 # containerd: cmd/containerd-shim-runc-v2/manager
 GROUP_KEY = "io.containerd.runc.v2.group"
@@ -121,9 +122,22 @@ def held_of_removed(shim: Process) -> int:
     return found
 
 
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    """A file system with a file, mounted below a directory of its own."""
+    place = tmp_path / "mounted"
+    place.mkdir()
+    mount("tmpfs", place, "tmpfs", 0)
+    try:
+        (place / "file").touch()
+        yield place
+    finally:
+        unmount_below(place)
+
+
 @pytest.mark.usefixtures("vm_runtime")
 def test_members_that_come_and_go_leave_nothing_open_in_virtiofsd(
-    containerd: Containerd, group: Group, tmp_path: Path
+    containerd: Containerd, group: Group, mounted: Path
 ) -> None:
     """A container in a crash loop took virtiofsd to its limit of descriptors (kata-containers 6455).
 
@@ -134,7 +148,9 @@ def test_members_that_come_and_go_leave_nothing_open_in_virtiofsd(
     before = held_of_removed(shim)
     assert before  # at least virtiofsd's own root
     for _ in range(3):
-        member = group.add("--mount", f"type=bind,src={tmp_path},dst=/volume,options=rbind:rw")
+        member = group.add("--mount", f"type=bind,src={mounted.parent},dst=/volume,options=rbind:rw")
+        # What is mounted below the volume is there, although the member before has taken its own away.
+        assert containerd.exec(member, "ls", f"/volume/{mounted.name}").stdout == b"file\n"
         assert held_of_removed(shim) == before
         containerd.remove(member)
         # The guest tells what it has forgotten when it has time, and nothing says when it has.

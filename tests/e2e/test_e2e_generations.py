@@ -5,8 +5,10 @@ on those that scripts/fetch_containerd unpacked; what differs between the genera
 """
 
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -392,6 +394,23 @@ def test_a_sandbox_outlives_the_daemon_and_a_shim_that_is_killed_takes_all_of_it
             forget_fifos(daemon)
         left = leaks.left_over(daemon, before)
         assert not left, "left behind:\n" + "\n".join(left)
+
+
+@pytest.mark.parametrize("generation", [GENERATIONS[1]], indirect=True)
+def test_the_end_of_a_sandbox_whose_vm_is_killed_is_told(
+    containerd: Containerd, events: Recorder, sandbox: Sandbox
+) -> None:
+    """Not on 1.7, whose daemon tells the client no exit: it fails to publish it first."""
+    sandbox.create()
+    sandbox.ask("Start")
+    container = start_in(sandbox)
+    over = sandbox.begin("Wait")
+    os.kill(sandbox.ask("Status").pid, signal.SIGKILL)
+    assert sandbox.answer(over).exit_status == 137
+    assert events.wait_for(container, "exit")[-1].exit_status == 137
+    assert sandbox.ask("Status").state == NOT_READY
+    assert containerd.delete_task(container) == 137
+    containerd.ctr("container", "rm", container)
 
 
 def test_a_sandbox_whose_configuration_is_missing_is_refused_in_words(

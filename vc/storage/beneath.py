@@ -8,6 +8,7 @@ as the root for symbolic links and for "..", and used by its descriptor.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,9 @@ RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_IN_ROOT = 0x10
 
+# openat2(2), EAGAIN: where ".." is on the way, any rename or mount on the host at that moment makes the kernel
+# give up. A container that renames without end must not have us try without end.
+TRIES = 1000
 AT_FDCWD = -100  # linux/fcntl.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -36,11 +40,14 @@ class _OpenHow(ctypes.Structure):
 def _open(root: int, path: str, resolve: int = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS) -> int:
     how = _OpenHow(os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, 0, resolve)
     size = ctypes.c_size_t(ctypes.sizeof(how))
-    result: int = _libc.syscall(SYS_OPENAT2, root, os.fsencode(path), ctypes.byref(how), size)
-    if result < 0:
+    for _ in range(TRIES):
+        result: int = _libc.syscall(SYS_OPENAT2, root, os.fsencode(path), ctypes.byref(how), size)
+        if result >= 0:
+            return result
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), path)
-    return result
+        if number != errno.EAGAIN:
+            break
+    raise OSError(number, os.strerror(number), path)
 
 
 @contextmanager

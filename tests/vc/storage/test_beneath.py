@@ -1,5 +1,7 @@
 """Mount points in a hostile image: made inside of it or not at all."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,28 @@ def test_a_root_needs_the_points_that_are_not_in_another_mount() -> None:
         MountPoint("/etc/hosts", is_directory=False),
         MountPoint("/null", is_directory=False),
     ]
+
+
+RENAMES = """
+import os, sys
+a, b = sys.argv[1:]
+os.mkdir(a)
+print(flush=True)
+while True:
+    os.rename(a, b)
+    os.rename(b, a)
+"""
+
+
+def test_renames_elsewhere_on_the_host_keep_no_mount_point_from_being_made(
+    root: Path, tmp_path: Path
+) -> None:
+    """The kernel gives up a path with ".." when anything is renamed meanwhile, and the point was missing."""
+    argv = [sys.executable, "-c", RENAMES, str(tmp_path / "a"), str(tmp_path / "b")]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as busy:
+        try:
+            assert busy.stdout is not None and busy.stdout.readline()
+            make_mount_points(root, [MountPoint(f"/upwards/point{number}") for number in range(500)])
+        finally:
+            busy.kill()
+    assert len(list((root / "etc").iterdir())) == 500

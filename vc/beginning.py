@@ -24,7 +24,7 @@ from vc.errors import HypervisorError, NotRestored
 from vc.hypervisor.base import Machine, VirtioFS, VMConfig
 from vc.hypervisor.parked import Parked
 from vc.hypervisor.qemu.driver import adopt, launch
-from vc.persist.store import VMM_NAME, SandboxLock, make_private
+from vc.persist.store import VMM_NAME, SandboxLock, check_ours, make_private
 
 
 class VMDirectory:
@@ -63,6 +63,7 @@ class Beginning(ABC):
     def directory(self, path: Path) -> VMDirectory:
         """Make the VM's directory, or bring it to its place. Raises: OSError."""
         make_private(path.parent)
+        check_ours(path.parent)
         path.mkdir(mode=0o700)
         try:
             lock = SandboxLock(path)

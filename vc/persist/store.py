@@ -6,8 +6,10 @@ sandbox that it did not create knows that its owner is gone and may clean up.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from vc.persist.schema import MAX_RECORD_BYTES, BrokenRecord, SandboxRecord, for
 RECORD = "persist.json"
 TEMPORARY = ".tmp"  # its suffix until it is whole
 LOCK = "lock"
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 VMM_NAME = "name"  # in a VM's directory: what its VMM is called, if not as the directory
 
 
@@ -100,6 +103,18 @@ def make_private(directory: Path) -> None:
         path.mkdir(mode=0o700, exist_ok=True)  # with parents=True they would be open to all
 
 
+def check_ours(directory: Path) -> None:
+    """Refuse a directory that others own or can write to: what is in it could be replaced by them.
+
+    Raises: PermissionError, also for the directory above, where `run_dir` may be a place that all can use.
+    """
+    for path in (directory.parent, directory):
+        found = path.stat()
+        if found.st_uid != os.geteuid() or found.st_mode & OTHERS_WRITE:
+            why = f"{str(path)!r} belongs to user {found.st_uid} and has mode {stat.S_IMODE(found.st_mode):o}"
+            raise PermissionError(errno.EPERM, f"others can change what is there: {why}")
+
+
 def claim(layout: Layout, sandbox_id: str) -> SandboxLock:
     """Create the directory of a new sandbox and take its lock; the caller releases it.
 
@@ -110,6 +125,7 @@ def claim(layout: Layout, sandbox_id: str) -> SandboxLock:
     directory = layout.sandbox(sandbox_id)
     try:
         make_private(layout.sandboxes)
+        check_ours(layout.sandboxes)
         directory.mkdir(mode=0o700)
     except FileExistsError:
         raise AlreadyExists(
@@ -146,7 +162,7 @@ def save(layout: Layout, record: SandboxRecord) -> None:
 def _unwritable(path: Path, exc: OSError) -> VCError:
     return VCError(
         f"the state of a sandbox cannot be kept at {str(path)!r}: {exc.strerror}; "
-        "make room there, or set run_dir to another directory"
+        "mend that, or set run_dir to another directory"
     )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from vc.errors import AlreadyExists, NotFound, VCError
 from vc.persist import store
 from vc.persist.schema import BrokenRecord, SandboxRecord, format_record, parse_record
 from vc.persist.store import Layout, SandboxLock
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 
 records = st.builds(
     SandboxRecord,
@@ -75,6 +78,21 @@ def test_a_claimed_sandbox_is_private_and_cannot_be_claimed_again(tmp_path: Path
     finally:
         lock.release()
     assert SandboxLock(layout.sandbox("ns--a")).acquire_nowait()
+
+
+@pytest.mark.parametrize("place", ["", "sbs"])
+@pytest.mark.parametrize("change", ["mode", pytest.param("owner", marks=needs_root)])
+def test_a_place_that_others_can_change_is_refused(tmp_path: Path, place: str, change: str) -> None:
+    """Who can rename the directories of a sandbox has the clean-up remove what he likes, as root."""
+    layout = Layout(tmp_path / "vc")
+    store.make_private(layout.sandboxes)
+    if change == "mode":
+        (layout.run_dir / place).chmod(0o777)
+    else:
+        os.chown(layout.run_dir / place, 12345, -1)
+    with pytest.raises(VCError, match="others can change what is there"):
+        store.claim(layout, "ns--a")
+    assert list(layout.sandboxes.iterdir()) == []
 
 
 def test_a_saved_record_is_loaded_and_only_its_owner_can_read_it(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_IN_ROOT = 0x10
 
-# openat2(2), EAGAIN: where ".." is on the way, any rename or mount on the host at that moment makes the kernel
-# give up. A container that renames without end must not have us try without end.
+# openat2(2), EAGAIN: where ".." is on the way, any rename or mount on the host at that moment makes the
+# kernel give up. A container that renames without end must not have us try without end.
 TRIES = 1000
 AT_FDCWD = -100  # linux/fcntl.h
 

@@ -1,5 +1,7 @@
 """The monitor's connection, to a real QEMU that has no machine: it starts in a moment and runs no guest."""
 
+import gc
+import logging
 import os
 import shutil
 import socket
@@ -19,6 +21,9 @@ from vc.unixsock import connect_nowait, listen
 
 QEMU = shutil.which("qemu-system-x86_64")
 LIMIT = 30.0  # seconds: only against a hang
+TRIES = 20  # of what does not happen each time
+# QEMU: docs/interop/qmp-spec
+GREETING = b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}}, "capabilities": []}}\r\n'
 
 pytestmark = [
     pytest.mark.integration,
@@ -142,3 +147,19 @@ async def test_what_speaks_no_qmp_is_told_of() -> None:
             theirs.sendall(b"HTTP/1.1 400 Bad Request\r\n")
             with pytest.raises(HypervisorError, match="QMP command stop: QEMU did not open its monitor"):
                 await monitor.execute(qmp.stop())
+
+
+# The library may leave its transport to the collector of garbage, which closes it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_a_connection_that_ends_while_we_hang_up_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """A VMM that was killed in a start left a traceback in the log: "exception was never retrieved"."""
+    for _ in range(TRIES):
+        ours, theirs = socket.socketpair()
+        with theirs, trio.fail_after(LIMIT):
+            theirs.sendall(GREETING)
+            async with monitoring(ours, lambda _: None):
+                await trio.to_thread.run_sync(theirs.recv, 1000)  # it is about to be opened
+                theirs.sendall(b'{"return": {}}\r\n')
+                theirs.close()
+        gc.collect()  # what is forgotten says so then
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

@@ -15,7 +15,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -156,6 +156,7 @@ class Monitor:
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
         with self._lock:
             self._loop = asyncio.get_running_loop()
+            self._loop.set_exception_handler(_note_unasked)
             self._main = asyncio.current_task()
             if self._stopping:
                 return "stopped"
@@ -164,6 +165,10 @@ class Monitor:
             await self._client.connect(self._connection)
         except QMPError as exc:
             return f"QEMU did not open its monitor: {exc}"
+        except AssertionError:  # the library's: the connection ended in the moment in which it was open
+            with contextlib.suppress(Exception):
+                await self._client.disconnect()
+            return "QEMU closed its monitor"
         self._call_trio(self._settled.set)
         listener = EventListener(names=EVENT_NAMES)
         with self._client.listen(listener):
@@ -213,3 +218,14 @@ async def monitoring(connection: socket.socket, on_event: Callable[[Event], None
         yield monitor
     finally:
         await monitor.stop()
+
+
+def _note_unasked(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what nobody asked a task for.
+
+    The library forgets its own tasks if the connection ends while we hang up: that is no error to tell about.
+    """
+    if isinstance(context.get("exception"), (EOFError, OSError)):
+        logging.getLogger(__name__).debug("QMP: %s", context)
+    else:
+        loop.default_exception_handler(context)

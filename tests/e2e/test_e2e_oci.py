@@ -12,6 +12,7 @@ import stat
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -416,9 +417,9 @@ def test_the_clients_flags_do_what_they_do_on_runc(containerd: Containerd) -> No
     assert (both.ours["memory"], both.ours["cpu"]) == ([str(96 * MIB)], ["50000 100000"])
 
 
-@pytest.fixture(scope="module")
-def limited(containerd: Containerd) -> Iterator[str]:
-    """A container with limits, which runs out of memory as soon as there is a file /go."""
+@contextmanager
+def with_limits(containerd: Containerd) -> Iterator[str]:
+    """Have a container with limits, which runs out of memory as soon as there is a file /go."""
     flags = ["--memory-limit", str(64 * MIB), "--cpu-quota", "20000", "--cpu-period", "100000"]
     flags += ["--seccomp"]
     flags += [
@@ -429,6 +430,12 @@ def limited(containerd: Containerd) -> Iterator[str]:
     ]
     script = "until [ -e /go ]; do sleep 0.2; done; exec dd if=/dev/zero of=/dev/null bs=200M count=1"
     with containerd.running("sh", "-c", script, flags=flags) as container:
+        yield container
+
+
+@pytest.fixture(scope="module")
+def limited(containerd: Containerd) -> Iterator[str]:
+    with with_limits(containerd) as container:
         yield container
 
 
@@ -469,10 +476,11 @@ def test_a_process_that_wants_more_memory_than_it_may_have_is_killed(
 
 
 def test_an_init_process_that_runs_out_of_memory_ends_its_container(
-    containerd: Containerd, limited: str, events: Recorder
+    containerd: Containerd, events: Recorder
 ) -> None:
-    assert containerd.exec(limited, "touch", "/go").exit_status == 0
-    told = events.wait_for(limited, "exit", process=limited)
-    exits = [event.exit_status for event in told if event.body.get("id") == limited]
-    assert exits[-1:] == [137]
-    assert containerd.task_status(limited) == "STOPPED"
+    with with_limits(containerd) as container:
+        assert containerd.exec(container, "touch", "/go").exit_status == 0
+        told = events.wait_for(container, "exit", process=container)
+        exits = [event.exit_status for event in told if event.body.get("id") == container]
+        assert exits[-1:] == [137]
+        assert containerd.task_status(container) == "STOPPED"

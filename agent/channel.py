@@ -190,10 +190,14 @@ def serve_port(path: str, dispatcher: Dispatcher) -> None:
     from agent import multiplex
 
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    while True:
+
+    def wait() -> None:
         wait_for_host(fd)
+
+    while True:
+        wait()
         try:
-            multiplex.serve_line(fd, dispatcher.serve)
+            multiplex.serve_line(fd, dispatcher.serve, wait)
         except OSError as exc:
             log.info("session over", port=path, error=exc)
 

@@ -301,8 +301,24 @@ class MuxStream(ByteStream):
                 pass
 
 
-def serve_line(fd: int, on_stream: Callable[[ByteStream], None]) -> None:
-    """Serve sessions, one after the other, until the host hangs up. See `yamux.resync` for how one begins."""
+def answer(line: Line, data: bytes, wait_for_host: Callable[[], None]) -> None:
+    """Answer the opening of a session, which may be here before the news that there is a host.
+
+    Bytes and news come to a virtio port by different queues. Until the news is there, it looks as if the host
+    had gone; to forget its opening then would let it wait for an answer for seconds, until it comes again.
+    """
+    try:
+        line.write(data)
+    except ConnectionResetError:
+        wait_for_host()
+        line.write(data)
+
+
+def serve_line(fd: int, on_stream: Callable[[ByteStream], None], wait_for_host: Callable[[], None]) -> None:
+    """Serve sessions, one after the other, until the host hangs up. See `yamux.resync` for how one begins.
+
+    `wait_for_host` blocks until there is a host at the other end.
+    """
     trailing = b""
     while True:
         line = Line(fd)
@@ -312,7 +328,7 @@ def serve_line(fd: int, on_stream: Callable[[ByteStream], None]) -> None:
             data = line.read()
         if not data:
             return
-        line.write(responder.data_to_send())
+        answer(line, responder.data_to_send(), wait_for_host)
         session = Session(line, on_stream)
         trailing = session.serve(responder.trailing_data)
         if not session.connection.closed:

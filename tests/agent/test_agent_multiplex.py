@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from agent.multiplex import serve_line
+from agent.multiplex import Line, answer, serve_line
 from agent.streams import ByteStream
 from yamux.resync import Initiator
 from yamux.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from agent.streams import Buffer
 
 SIZE = 3 << 20  # bytes: many windows
 
@@ -29,6 +31,11 @@ def echo(stream: ByteStream) -> None:
     stream.close()
 
 
+def nobody_comes() -> None:
+    """Of a pair of sockets the other end is there, or has gone for good."""
+    raise ConnectionResetError("the test has ended")
+
+
 @asynccontextmanager
 async def line() -> AsyncIterator[trio.SocketStream]:
     """A line whose guest end is served by the agent's code in a thread."""
@@ -37,7 +44,7 @@ async def line() -> AsyncIterator[trio.SocketStream]:
 
     def serve() -> None:
         try:
-            serve_line(fd, echo)
+            serve_line(fd, echo, nobody_comes)
         finally:
             os.close(fd)
 
@@ -140,3 +147,25 @@ async def test_many_streams_at_once_do_not_mix() -> None:
     async with line() as stream, session(stream) as host, trio.open_nursery() as nursery:
         for index in range(20):
             nursery.start_soon(one, host, index)
+
+
+def test_an_opening_that_is_here_before_its_host_is_answered_when_the_host_is() -> None:
+    """A pod on a busy machine waited four seconds for the VM that it had taken over."""
+    host_is_known = False
+
+    class Port(Line):
+        """Behaves as a virtio port, which takes nothing until the kernel has heard of a host."""
+
+        def write(self, *pieces: Buffer) -> None:
+            if not host_is_known:
+                raise ConnectionResetError("the host has closed its end of the line")
+            super().write(*pieces)
+
+    def host_comes() -> None:
+        nonlocal host_is_known
+        host_is_known = True
+
+    guest, host = socket.socketpair()
+    with guest, host:
+        answer(Port(guest.fileno()), b"answer", host_comes)
+        assert host.recv(100) == b"answer"

@@ -170,7 +170,6 @@ class Connections:
         """Serve one connection to its end."""
         self._known = True
         self._count += 1
-        logs.flush()  # a containerd that has come back reads the log before it connects
         self._note_idle()
         try:
             if is_same_user(peer_credentials(stream)):

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from protos.containerd import task_v2_pb2 as api
 from protos.containerd.runc_options_pb2 import ProcessDetails
-from shim import metrics, options
+from shim import logs, metrics, options
 from shim.announce import timestamp
 from shim.bundle import bundle_dir
 from shim.pod import Pod
@@ -169,7 +169,11 @@ class TaskService:
                 raise
 
     async def connect(self, request: api.ConnectRequest, context: Context) -> Message:
-        """Name this process and the task's; an unknown id is no error."""
+        """Name this process and the task's; an unknown id is no error.
+
+        It is the first call of a containerd that has come back, and by then it reads our log.
+        """
+        logs.flush()
         try:
             pid = self._pod.tasks.find(request.id).pid
         except NotFound:

@@ -69,13 +69,15 @@ def _check_tool(daemon: Containerd, sandbox: Path, vmid: str, socket: Path) -> N
     with subprocess.Popen(argv, stdin=pipe, stdout=pipe) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        os.utime(sandbox, (0, 0))  # what is as young as this one's record counts as alive
+        vm = sandbox.parent.parent / "vm" / vmid
+        for directory in (sandbox, vm):
+            os.utime(directory, (0, 0))  # what is as young as these counts as alive
         things = [
             f"process {process.pid}",
             f"mount {target}",
             f"socket {socket}",
             f"directory {sandbox}",
-            f"directory {sandbox.parent.parent / 'vm' / vmid}",
+            f"directory {vm}",
         ]
         status, lines = run(daemon)
         assert (status, sorted(lines)) == (1, sorted(things))

@@ -42,10 +42,8 @@ log = logging.getLogger(__name__)
 EVENTS_LIMIT = 2.0  # seconds for the last events: less than `delete` gives us to end in
 END_LIMIT = 10.0  # seconds for the sandbox's end at a signal
 BUNDLE_INTERVAL = 1.0  # seconds
-IDLE_LIMIT = (
-    300.0  # seconds without task and connection: whoever started us has gone before it made use of us
-)
-
+# Seconds without task and connection: whoever started us has gone before it made use of us.
+IDLE_LIMIT = 300.0
 SERVED_LIMIT = 5.0  # seconds from the last task's end to the Shutdown or Create that must follow
 
 
@@ -177,10 +175,8 @@ class Connections:
             else:
                 log.warning("a connection of another user was refused")
                 await trio.aclose_forcefully(stream)
-        except Exception:
-            log.exception(
-                "a connection ended by an error"
-            )  # one connection's: the others must not pay for it
+        except Exception:  # one connection's: the others must not pay for it
+            log.exception("a connection ended by an error")
         finally:
             self._count -= 1
             self._note_idle()
@@ -216,9 +212,8 @@ class Connections:
             with self._idle:
                 wanted = True
                 while wanted and not self._known:
-                    await trio.sleep(
-                        BUNDLE_INTERVAL
-                    )  # before looking: who waited for us to serve comes first
+                    # Before looking: who waited for us to serve comes first.
+                    await trio.sleep(BUNDLE_INTERVAL)
                     wanted = self._is_wanted()
                 if self._known:
                     await trio.sleep_forever()
